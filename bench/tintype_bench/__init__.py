@@ -1,0 +1,1 @@
+"""Measurements: cases, conditions, and the tables that the documentation quotes."""

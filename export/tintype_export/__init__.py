@@ -1,0 +1,1 @@
+"""Export: graphs, engines and their verification."""

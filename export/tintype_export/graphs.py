@@ -1,0 +1,156 @@
+"""A stage as a static-shaped ONNX graph whose weights stay where they are: in the checkpoint's safetensors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import onnxscript.optimizer
+import torch
+from torch import Tensor
+
+from tintype.errors import CheckpointError
+from tintype.models.stages import Stage
+
+OPSET = 20
+_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie: ``location`` relative to the bundle's root, ``offset`` from the file's start."""
+
+    location: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def stored_tensors(root: Path, location: str) -> dict[str, StoredTensor]:
+    """The tensors of the safetensors file ``root/location`` by name, read from its header alone."""
+    with (root / location).open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    unknown = {entry["dtype"] for entry in header.values()} - _DTYPES.keys()
+    if unknown:
+        raise CheckpointError(
+            f"{location} holds {', '.join(sorted(unknown))}; graphs read {', '.join(_DTYPES)}"
+        )
+    return {
+        name: StoredTensor(
+            location, _DTYPES[e["dtype"]], tuple(e["shape"]), 8 + size + begin, end - begin
+        )
+        for name, e in header.items()
+        for begin, end in [e["data_offsets"]]
+    }
+
+
+def trace(stage: Stage, inputs: Mapping[str, Tensor]) -> ir.Model:
+    """Export ``stage`` for exactly the shapes of ``inputs``; parameters keep their torch names."""
+    # The exporter reports every optional operator library that it does not find.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    program = torch.onnx.export(
+        stage,
+        tuple(inputs[name] for name in stage.inputs),
+        input_names=list(stage.inputs),
+        output_names=list(stage.outputs),
+        opset_version=OPSET,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    _fold_shapes(program.model)
+    return program.model
+
+
+def _fold_shapes(model: ir.Model) -> None:
+    """Compute what depends on shapes alone; leave every node that reads a parameter, so that none is copied."""
+    parameters = set(model.graph.initializers)
+
+    def foldable(node: ir.Node) -> bool | None:
+        return (
+            False
+            if any(value is not None and value.name in parameters for value in node.inputs)
+            else None
+        )
+
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=foldable)
+    for simplification in (
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+    ):
+        simplification(model)
+
+
+def point_to_weights(model: ir.Model, weights: Mapping[str, StoredTensor]) -> None:
+    """Replace the initialisers that ``weights`` names by references, cast where they are stored narrower.
+
+    Raises CheckpointError where a stored tensor has another shape than the graph.
+    """
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        stored = weights.get(name)
+        if stored is None:
+            continue
+        assert value.const_value is not None
+        if tuple(value.const_value.shape.numpy()) != stored.shape:
+            raise CheckpointError(
+                f"{stored.location}: {name} is stored as {list(stored.shape)}, the graph has another"
+            )
+        if value.const_value.dtype == stored.dtype:
+            value.const_value = _external(name, stored)
+        else:
+            _cast_from_storage(graph, value, stored)
+
+
+def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        stored.location,
+        stored.offset,
+        stored.length,
+        stored.dtype,
+        shape=ir.Shape(stored.shape),
+        name=name,
+    )
+
+
+def _cast_from_storage(graph: ir.Graph, value: ir.Value, stored: StoredTensor) -> None:
+    """``value`` becomes Cast(stored tensor); runtimes fold it once, when a session is made."""
+    assert value.const_value is not None
+    assert value.name is not None
+    name, wide = value.name, value.const_value.dtype
+    source = ir.Value(
+        name=f"{name}.stored",
+        type=ir.TensorType(stored.dtype),
+        shape=ir.Shape(stored.shape),
+        const_value=_external(f"{name}.stored", stored),
+    )
+    cast = ir.node("Cast", [source], {"to": wide}, name=f"{name}.cast")
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
+        f"{name}.wide",
+        value.type,
+        value.shape,
+    )
+    value.replace_all_uses_with(cast.outputs[0])
+    del graph.initializers[name]
+    graph.register_initializer(source)
+    graph.insert_before(graph[0], cast)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write the graph; external tensors are written as references."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.producer_name, model.producer_version, model.doc_string = "tintype", "", ""
+    ir.save(model, path)

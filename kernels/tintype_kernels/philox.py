@@ -1,0 +1,71 @@
+"""Philox4x32-10: uniform 32-bit integers that depend on (seed, stream, step, position) alone.
+
+Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+The counter's four words are (block low, block high, step, stream); the key is the seed's low and high word.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tintype_kernels import native
+from tintype_kernels.dispatch import select
+
+WORDS = 4
+ROUNDS = 10
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_LOW, _SHIFT = np.uint64(_MASK), np.uint64(32)
+
+
+def philox_uint32(
+    seed: int, count: int, *, step: int = 0, stream: int = 0, first_block: int = 0
+) -> NDArray[np.uint32]:
+    """Return `count` uint32; element i is word i % 4 of the block `first_block + i // 4`.
+
+    `seed` and `first_block` are 64 bits wide, `step` and `stream` 32.
+    """
+    for name, value, bits in (
+        ("seed", seed, 64),
+        ("first_block", first_block, 64),
+        ("step", step, 32),
+        ("stream", stream, 32),
+    ):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}={value} is not an unsigned integer of {bits} bits")
+    if count < 0:
+        raise ValueError(f"count={count} is negative")
+    if select() == "native":
+        assert native.module is not None
+        numbers: NDArray[np.uint32] = native.module.philox_uint32(
+            seed, count, step, stream, first_block
+        )
+        return numbers
+    return reference(seed, count, step=step, stream=stream, first_block=first_block)
+
+
+def reference(
+    seed: int, count: int, *, step: int = 0, stream: int = 0, first_block: int = 0
+) -> NDArray[np.uint32]:
+    """The generator in numpy, all blocks at once; 64-bit lanes hold the 32-bit words so that products fit."""
+    blocks = -(-count // WORDS)
+    index = np.arange(blocks, dtype=np.uint64) + np.uint64(first_block)
+    words = [
+        index & _LOW,
+        index >> _SHIFT,
+        np.full(blocks, step, np.uint64),
+        np.full(blocks, stream, np.uint64),
+    ]
+    key = [seed & _MASK, seed >> 32]
+    for _ in range(ROUNDS):
+        product0, product1 = _MULTIPLIERS[0] * words[0], _MULTIPLIERS[1] * words[2]
+        words = [
+            (product1 >> _SHIFT) ^ words[1] ^ np.uint64(key[0]),
+            product1 & _LOW,
+            (product0 >> _SHIFT) ^ words[3] ^ np.uint64(key[1]),
+            product0 & _LOW,
+        ]
+        key = [(word + step_) & _MASK for word, step_ in zip(key, _KEY_STEPS, strict=True)]
+    return np.stack(words, axis=1).astype(np.uint32).reshape(-1)[:count]

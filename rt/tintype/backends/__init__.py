@@ -1,0 +1,93 @@
+"""Who runs a stage. A backend has `stages`, `profiles(stage)`, `compile(stage, profile)` and `run(stage, ...)`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tintype.errors import BackendUnavailable, RequestError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Backend(Protocol):
+    """What a pipeline asks of whoever runs its stages; arrays are numpy, whatever happens inside."""
+
+    name: str
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages it has."""
+
+    def profiles(self, stage: str) -> list[str] | None:
+        """The static shapes that it has for a stage, or None where it takes any."""
+
+    def compile(self, stage: str, profile: str) -> None:
+        """Begin to make a stage ready; safe to call again, from any thread."""
+
+    def run(self, stage: str, profile: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Run a stage, compiling it first where that has not happened."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One backend: the package that it needs, the extra that brings it, and what it runs."""
+
+    package: str
+    extra: str
+    runs: str  # "bundle" or "checkpoint"
+
+
+# In the order in which `auto` tries them.
+KINDS = {
+    "onnxruntime": Kind("onnxruntime", "cpu", "bundle"),
+    "torch": Kind("torch", "torch", "checkpoint"),
+}
+_PLANNED = ("openvino", "tensorrt")
+
+
+def available(name: str) -> bool:
+    """Whether the backend's package is installed; it is not imported for this."""
+    return importlib.util.find_spec(KINDS[name].package) is not None
+
+
+def choose(wanted: str, runs: str) -> tuple[str, str]:
+    """Pick the backend for a "bundle" or a "checkpoint": its name, and why it was picked."""
+    fitting = [name for name, kind in KINDS.items() if kind.runs == runs]
+    if wanted == "auto":
+        for name in fitting:
+            if available(name):
+                return name, f"it runs a {runs} and {KINDS[name].package} is installed"
+        raise _absent(fitting[0], f"no backend for a {runs} is installed")
+    if wanted in _PLANNED:
+        raise BackendUnavailable(
+            f"backend={wanted!r} is not built yet; choose one of auto, {', '.join(KINDS)}"
+        )
+    if wanted not in KINDS:
+        raise RequestError(f"backend={wanted!r} is unknown; choose one of auto, {', '.join(KINDS)}")
+    if wanted not in fitting:
+        raise RequestError(
+            f"backend={wanted!r} does not run a {runs}; choose one of auto, {', '.join(fitting)}"
+        )
+    if not available(wanted):
+        raise _absent(wanted, f"backend={wanted!r} needs the package {KINDS[wanted].package}")
+    return wanted, "it was asked for"
+
+
+def report() -> dict[str, str]:
+    """What is installed, for `tintype inspect`."""
+    return {
+        name: "available" if available(name) else f'absent: pip install "tintype[{kind.extra}]"'
+        for name, kind in KINDS.items()
+    }
+
+
+def _absent(name: str, problem: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f'{problem}; install it with: pip install "tintype[{KINDS[name].extra}]"'
+    )

@@ -1,0 +1,237 @@
+"""The folder an engine ships in: `bundle.json` says what is inside, and every file is checked against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tintype.errors import BundleError
+
+MANIFEST = "bundle.json"
+FORMAT = 1
+CACHE_VARIABLE = "TINTYPE_CACHE"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle. `stages` maps stage -> profile -> file; paths are relative to `folder`."""
+
+    folder: Path
+    name: str
+    family: str
+    precision: str
+    stages: dict[str, dict[str, str]]
+    scheduler: dict[str, Any]
+    tokenizers: list[str]
+    defaults: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, relative: str) -> Path:
+        """The place of a listed file, which is inside the folder."""
+        return _inside(self.folder, relative)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder has a manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def open_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
+    """Read the manifest and check every file's size, and its hash unless this machine has done so before."""
+    root = Path(folder)
+    manifest = _read_manifest(root)
+    bundle = Bundle(
+        folder=root,
+        **{name: manifest[name] for name in Bundle.__dataclass_fields__ if name in manifest},
+    )
+    for relative, stage, profile in _graphs(bundle.stages):
+        if relative not in bundle.files:
+            raise BundleError(
+                f"{root}: stage {stage}, profile {profile}: {relative} is not among the listed files"
+            )
+    _check_sizes(bundle)
+    if check_hashes:
+        _check_hashes(bundle)
+    return bundle
+
+
+def write_manifest(
+    folder: str | Path,
+    *,
+    name: str,
+    family: str,
+    stages: Mapping[str, Mapping[str, str]],
+    scheduler: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    precision: str = "fp32",
+    tokenizers: Sequence[str] = ("tokenizer",),
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Hash every file of the folder into its `bundle.json` and return that file's path.
+
+    `stages` maps stage -> profile -> file relative to the folder; `tokenizers` names one folder a text
+    encoder; `scheduler` is the checkpoint's `scheduler_config.json`; `defaults` has `width`, `height`,
+    `num_inference_steps`, `guidance_scale` and, where it is not the checkpoint's own, `scheduler`;
+    `provenance` is whatever says how the bundle was made and verified.
+    """
+    root = Path(folder)
+    files = {relative: _describe(root / relative) for relative in _walk(root)}
+    for relative, stage, profile in _graphs(stages):
+        if relative not in files:
+            raise BundleError(
+                f"{root}: stage {stage}, profile {profile}: {relative} does not exist"
+            )
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "family": family,
+        "precision": precision,
+        "stages": {stage: dict(profiles) for stage, profiles in stages.items()},
+        "tokenizers": list(tokenizers),
+        "scheduler": dict(scheduler),
+        "defaults": dict(defaults),
+        "provenance": dict(provenance or {}),
+        "files": files,
+    }
+    target = root / MANIFEST
+    replace_text(target, json.dumps(manifest, indent=1) + "\n")
+    return target
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(target)
+
+
+def cache_folder() -> Path:
+    """Where Tintype remembers things between runs; `TINTYPE_CACHE` overrides it."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tintype")
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(
+            f"{root} is not a bundle: {MANIFEST} cannot be read ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise BundleError(f"{path} names no format; export the bundle again")
+    if manifest["format"] > FORMAT:
+        raise BundleError(
+            f"{path} has format {manifest['format']} and this version reads up to {FORMAT}; upgrade tintype"
+        )
+    needed = {
+        "name",
+        "family",
+        "precision",
+        "stages",
+        "scheduler",
+        "tokenizers",
+        "defaults",
+        "files",
+    }
+    if missing := sorted(needed - manifest.keys()):
+        raise BundleError(f"{path} lacks {', '.join(missing)}; export the bundle again")
+    return manifest
+
+
+def _graphs(stages: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str, str]]:
+    for stage, profiles in stages.items():
+        for profile, relative in profiles.items():
+            yield relative, stage, profile
+
+
+def _inside(root: Path, relative: str) -> Path:
+    """The path of a file, refused where it or a link in it leads out of the folder."""
+    pure = PurePosixPath(relative)
+    path = root / pure
+    if pure.is_absolute() or "\\" in relative or not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{root}: {relative!r} leads out of the bundle")
+    return path
+
+
+def _walk(root: Path) -> list[str]:
+    """Every file but the manifest and hidden ones, in a stable order."""
+    found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    visible = (path for path in found if not any(part.startswith(".") for part in path.parts))
+    return sorted(path.as_posix() for path in visible if path.as_posix() != MANIFEST)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_sizes(bundle: Bundle) -> None:
+    for relative, entry in bundle.files.items():
+        path = bundle.path(relative)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise BundleError(
+                f"{bundle.folder}: {relative} is missing; copy or export the bundle again"
+            ) from error
+        if size != entry["size"]:
+            raise BundleError(
+                f"{bundle.folder}: {relative} has {size} bytes, expected {entry['size']}; it is damaged"
+            )
+
+
+def _check_hashes(bundle: Bundle) -> None:
+    """Hash what this machine has not hashed before; a file that changed has another size or time."""
+    memory = cache_folder() / "verified.json"
+    known = _remembered(memory)
+    fresh: dict[str, str] = {}
+    for relative, entry in bundle.files.items():
+        path = bundle.path(relative).resolve()
+        stat = path.stat()
+        key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+        digest = known.get(key) or _sha256(path)
+        if digest != entry["sha256"]:
+            raise BundleError(
+                f"{bundle.folder}: {relative} has another sha256 than {MANIFEST} says; it is damaged"
+            )
+        if key not in known:
+            fresh[key] = digest
+    if fresh:
+        _remember(memory, known | fresh)
+
+
+def _remembered(memory: Path) -> dict[str, str]:
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(memory: Path, known: dict[str, str]) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(memory, json.dumps(known))
+    except OSError:
+        # Nowhere to remember it: the next load hashes again, which is slower and just as safe.
+        return

@@ -1,0 +1,48 @@
+"""Published class names -> our modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from tintype.models.clip import (
+    CLIPImageEncoder,
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    CLIPVisionConfig,
+)
+from tintype.models.unet import UNet, UNetConfig
+
+
+def _text(name: str, config: Mapping[str, Any], *, projection: bool) -> nn.Module:
+    return CLIPTextEncoder(CLIPTextConfig.from_json(config, name), projection=projection)
+
+
+def _vision(name: str, config: Mapping[str, Any]) -> nn.Module:
+    return CLIPImageEncoder(CLIPVisionConfig.from_json(config, name))
+
+
+def _unet(_: str, config: Mapping[str, Any]) -> nn.Module:
+    return UNet(UNetConfig.from_json(config))
+
+
+def _vae(_: str, config: Mapping[str, Any]) -> nn.Module:
+    return AutoencoderKL(AutoencoderKLConfig.from_json(config))
+
+
+_BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
+    "UNet2DConditionModel": _unet,
+    "AutoencoderKL": _vae,
+    "CLIPTextModel": partial(_text, projection=False),
+    "CLIPTextModelWithProjection": partial(_text, projection=True),
+    "CLIPVisionModelWithProjection": _vision,
+}
+
+
+def builder(name: str, architecture: str, config: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    """What builds component `name` of the published class `architecture`."""
+    return partial(_BUILDERS[architecture], name, config)

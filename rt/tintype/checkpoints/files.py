@@ -1,0 +1,113 @@
+"""Where a component's tensors lie on disk and what they are called there. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tintype.errors import CheckpointError
+
+PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
+_MOST_HEADER_BYTES = 100_000_000  # what the format itself allows
+_LAYOUT = 8  # the header's length, a little-endian u64, comes first
+
+
+class Target(NamedTuple):
+    """One of our parameters, as a piece of a stored tensor."""
+
+    name: str
+    part: int = 0  # the part-th of `parts` equal cuts along the first axis
+    parts: int = 1
+    transposed: bool = False
+    squeezed: bool = False  # a 1x1 convolution is stored where we hold a linear layer
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the piece has for a stored tensor of shape `stored`."""
+        cuts = self.parts > 1 and stored and stored[0] % self.parts == 0
+        shape = (stored[0] // self.parts, *stored[1:]) if cuts else stored
+        if self.squeezed and set(shape[2:]) <= {1}:
+            shape = shape[:2]
+        return shape[::-1] if self.transposed else shape
+
+
+Translate = Callable[[str], tuple[Target, ...]]
+"""A stored key -> the parameters it holds; none where the component has no use for it."""
+
+
+def same_name(key: str) -> tuple[Target, ...]:
+    """The translation of a layout whose names are ours."""
+    return (Target(key),)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files that hold one component's tensors, and the names that those have there."""
+
+    files: tuple[Path, ...]
+    translate: Translate = same_name
+    allow_pickle: bool = False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a missing or malformed one is a CheckpointError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; download the checkpoint again") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def check_pickle(path: Path, allow_pickle: bool) -> None:
+    """Refuse a pickle, which can run code when it is read, unless the caller asked for it."""
+    if path.suffix in PICKLES and not allow_pickle:
+        raise CheckpointError(
+            f"{path} is a pickle, which can run code when it is read; use a .safetensors file, "
+            "or pass allow_pickle=True if you trust where it comes from"
+        )
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a safetensors file; a truncated file is an error."""
+    header, data_bytes = _read_header(path)
+    try:
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        needed = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise _unreadable(path, "its header is malformed") from error
+    if needed != data_bytes:
+        raise _unreadable(path, f"it holds {data_bytes} bytes of tensors, its header says {needed}")
+    return shapes
+
+
+def _read_header(path: Path) -> tuple[Mapping[str, Any], int]:
+    """The header and the number of bytes that follow it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(_LAYOUT)
+            length = struct.unpack("<Q", start)[0] if len(start) == _LAYOUT else size
+            if length > min(size - _LAYOUT, _MOST_HEADER_BYTES):
+                raise _unreadable(path, "its header is cut off")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; download the checkpoint again") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+    if not isinstance(header, dict):
+        raise _unreadable(path, "its header is malformed")
+    return header, size - _LAYOUT - length
+
+
+def _unreadable(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated or not a safetensors file: {why}; download it again"
+    )

@@ -1,0 +1,105 @@
+"""`tintype inspect`: what a model is, who would run it and why, and which kernels are in use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tintype.errors import BackendUnavailable
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    from tintype.cli import add_common
+
+    parser = subparsers.add_parser("inspect", help="show a model, the backends and the kernels")
+    parser.add_argument(
+        "model", nargs="?", default="postcard", help="what `tintype generate -m` takes"
+    )
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the report."""
+    report = inspect(options.model)
+    print(json.dumps(report) if options.json else "\n".join(_lines(report)))
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """Everything that can be told without loading weights or a backend."""
+    import tintype
+    from tintype.backends import report
+    from tintype.bundle import is_bundle
+    from tintype.loading import resolve
+    from tintype_kernels import implementation
+
+    path = resolve(model)
+    kind = "bundle" if is_bundle(path) else "checkpoint"
+    return {
+        "tintype": tintype.__version__,
+        "model": _bundle(path) if kind == "bundle" else _checkpoint(path),
+        "backends": report(),
+        "auto": _choice(kind),
+        "kernels": implementation(),
+    }
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    from tintype.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    size = sum(entry["size"] for entry in bundle.files.values())
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "name": bundle.name,
+        "family": bundle.family,
+        "precision": bundle.precision,
+        "megabytes": round(size / 1e6, 1),
+        "stages": {stage: list(profiles) for stage, profiles in bundle.stages.items()},
+        "defaults": bundle.defaults,
+        "scheduler": bundle.scheduler.get("_class_name"),
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from tintype.loading import open_source
+
+    checkpoint = open_source(path)
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "family": checkpoint.family,
+        "components": {name: part.architecture for name, part in checkpoint.components.items()},
+        "defaults": checkpoint.defaults,
+        "scheduler": checkpoint.scheduler_config.get("_class_name"),
+    }
+
+
+def _choice(kind: str) -> dict[str, str | None]:
+    from tintype.backends import choose
+
+    try:
+        name, reason = choose("auto", kind)
+    except BackendUnavailable as error:
+        return {"backend": None, "reason": str(error)}
+    return {"backend": name, "reason": reason}
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    kernels, auto = report["kernels"], report["auto"]
+    lines = [f"tintype {report['tintype']}", "model"]
+    lines += [f"  {name}: {_plain(value)}" for name, value in report["model"].items()]
+    lines += ["backends", *(f"  {name}: {state}" for name, state in report["backends"].items())]
+    lines += [f"  auto picks {auto['backend'] or 'none'}: {auto['reason']}"]
+    note = f" ({kernels['note']})" if kernels["note"] else ""
+    return [*lines, f"kernels: {kernels['selected']}, TINTYPE_KERNELS={kernels['requested']}{note}"]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
+    return " ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,125 @@
+"""Finds out what a source is and makes a pipeline of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tintype.backends import choose
+from tintype.bundle import MANIFEST, cache_folder, is_bundle, open_bundle
+from tintype.errors import CheckpointError
+from tintype.families.latent_unet import LatentUNet
+from tintype.pipeline import Pipeline
+from tintype.tokenizer import ClipTokenizer
+
+if TYPE_CHECKING:
+    from tintype.checkpoints import Checkpoint
+
+BOX = Path(__file__).parent / "assets"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A hub repository often repeats its weights in formats that we do not read.
+_HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "*/*.onnx", "*/*/*.safetensors"]
+
+
+def load(
+    source: str | Path = "postcard",
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    allow_pickle: bool = False,
+) -> Pipeline:
+    """Load a model and return its pipeline.
+
+    `source` is a bundle folder, a checkpoint folder in diffusers layout, a single `.safetensors` file, the
+    name of a model in the box, or a hub id. `backend` is auto, onnxruntime or torch; bundles run without
+    torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32".
+    """
+    path = resolve(source)
+    if is_bundle(path) and not (backend == "torch" and is_checkpoint(path)):
+        return _load_bundle(path, backend, device, dtype)
+    return _load_checkpoint(path, backend, device, dtype, allow_pickle)
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder or file of a source, fetched from the hub where it is a hub id."""
+    text = str(source)
+    if isinstance(source, str) and text in boxed():
+        return BOX / text
+    path = Path(source)
+    if path.is_dir():
+        if not is_bundle(path) and not is_checkpoint(path):
+            raise CheckpointError(f"{path} holds neither bundle.json nor model_index.json")
+        return path
+    if path.is_file():
+        return path
+    if isinstance(source, str) and _HUB_ID.fullmatch(text):
+        return _fetch(text)
+    raise CheckpointError(
+        f"{text} is not a folder, a file, a hub id or a model in the box ({', '.join(boxed()) or 'none'})"
+    )
+
+
+def boxed() -> list[str]:
+    """The names of the models in the box."""
+    return sorted(path.name for path in BOX.glob("*") if is_bundle(path))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder has diffusers' layout."""
+    return (path / "model_index.json").is_file()
+
+
+def open_source(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a checkpoint: its configurations, not yet its weights."""
+    from tintype.checkpoints import open_checkpoint
+
+    return open_checkpoint(path, allow_pickle=allow_pickle)
+
+
+def _load_bundle(path: Path, backend: str, device: str, dtype: str) -> Pipeline:
+    _, reason = choose(backend, "bundle")
+    from tintype.backends.onnxruntime import OnnxRuntimeBackend
+
+    bundle = open_bundle(path)
+    family = LatentUNet(
+        backend=OnnxRuntimeBackend(bundle, device=device, dtype=dtype),
+        tokenizers=[ClipTokenizer(bundle.path(folder)) for folder in bundle.tokenizers],
+        scheduler_config=bundle.scheduler,
+        defaults=bundle.defaults,
+    )
+    return Pipeline(bundle.name, family, reason)
+
+
+def _load_checkpoint(
+    path: Path, backend: str, device: str, dtype: str, allow_pickle: bool
+) -> Pipeline:
+    _, reason = choose(backend, "checkpoint")
+    from tintype.backends.torch import TorchBackend
+
+    checkpoint = open_source(path, allow_pickle=allow_pickle)
+    family = LatentUNet(
+        backend=TorchBackend(checkpoint, device=device, dtype=dtype),
+        tokenizers=[ClipTokenizer(folder) for folder in checkpoint.tokenizer_folders],
+        scheduler_config=checkpoint.scheduler_config,
+        defaults=checkpoint.defaults,
+    )
+    return Pipeline(path.stem if path.is_file() else path.name, family, reason)
+
+
+def _fetch(hub_id: str) -> Path:
+    """Download a hub repository, or take it from the hub's local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        manifest = Path(snapshot_download(hub_id, allow_patterns=[MANIFEST]))
+        # The hub's cache is made of links, and a bundle holds its files itself.
+        own_folder = cache_folder() / "hub" / hub_id if is_bundle(manifest) else None
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_dir=own_folder))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{hub_id} is neither a local path nor reachable on the hub: {reason}"
+        ) from error

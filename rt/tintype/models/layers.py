@@ -1,0 +1,89 @@
+"""The blocks that the convolutional architectures share: residual block, resampling, group-normalised entry."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResnetBlock(nn.Module):
+    """norm-SiLU-conv twice around a skip; the time embedding [n, e], where there is one, is added between."""
+
+    def __init__(
+        self, c_in: int, c_out: int, *, groups: int, eps: float, time_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if time_channels is not None:
+            self.time_emb_proj = nn.Linear(time_channels, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Downsample(nn.Module):
+    """Halve height and width. The autoencoder pads only right and bottom, the UNet on all sides."""
+
+    def __init__(self, channels: int, *, one_sided: bool) -> None:
+        super().__init__()
+        self.one_sided = one_sided
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement, to ``size`` (h, w) or twofold, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None:
+            size = (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[n, tokens, heads*dim] -> [n, heads, tokens, dim]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[n, heads, tokens, dim] -> [n, tokens, heads*dim]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def image_to_tokens(x: Tensor) -> Tensor:
+    """[n, c, h, w] -> [n, h*w, c]"""
+    return x.flatten(2).transpose(1, 2)
+
+
+def tokens_to_image(x: Tensor, height: int, width: int) -> Tensor:
+    """[n, h*w, c] -> [n, c, h, w]"""
+    return x.transpose(1, 2).unflatten(2, (height, width))
+
+
+def sinusoidal_embedding(
+    t: Tensor, channels: int, *, cos_first: bool = True, shift: float = 0.0
+) -> Tensor:
+    """[n] -> [n, channels] in float32: cosines and sines at frequencies 10000^(-k / (channels/2 - shift))."""
+    half = channels // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = (
+        t.float()[:, None] * torch.exp(-torch.log(torch.tensor(10000.0)) * k / (half - shift))[None]
+    )
+    parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=-1)

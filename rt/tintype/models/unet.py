@@ -1,0 +1,359 @@
+"""The conditional UNet of latent diffusion: Stable Diffusion 1.x, 2.x, XL and their inpainting variants.
+
+Rombach et al. 2022 (arXiv 2112.10752); SDXL's added text and size conditions: Podell et al. 2023 (arXiv 2307.01952).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tintype.models.config import from_json, per_level
+from tintype.models.layers import (
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    image_to_tokens,
+    merge_heads,
+    sinusoidal_embedding,
+    split_heads,
+    tokens_to_image,
+)
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "addition_embed_type_num_heads": (64,),
+    "upcast_attention": (
+        True,
+    ),  # a precision hint: attention scores are accumulated in float32 here in any case
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Fields as in the published ``unet/config.json``. ``attention_head_dim`` holds the number of heads, a misnomer
+    that every published file keeps."""
+
+    sample_size: int | None = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> UNetConfig:
+        return from_json(cls, raw, component="unet", neutral=_NEUTRAL)
+
+
+class TimestepEmbedding(nn.Module):
+    """[n, c_in] -> [n, c_out] by two linear layers around a SiLU."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [n, q, c] over context [n, k, d] (over x itself when None)."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            split_heads(t, self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class GEGLU(nn.Module):
+    """[.., c] -> [.., c_out]: one projection, half of it gated by the GELU of the other (arXiv 2002.05202)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back; the empty slot keeps the published parameter names."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(
+            [GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_channels, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of x [n, c, h, w], attending to context [n, k, d]; residual."""
+
+    def __init__(self, config: UNetConfig, channels: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.proj_in, self.proj_out = (
+            nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+            for _ in range(2)
+        )
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, config.cross_attention_dim, heads) for _ in range(depth)]
+        )
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        h = self.norm(x)
+        tokens = (
+            self.proj_in(image_to_tokens(h)) if self.linear else image_to_tokens(self.proj_in(h))
+        )
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        if self.linear:
+            return x + tokens_to_image(self.proj_out(tokens), height, width)
+        return x + self.proj_out(tokens_to_image(tokens, height, width))
+
+
+class _Level(nn.Module):
+    """One resolution: residual blocks, each followed by a transformer where the level attends (``depth`` > 0)."""
+
+    def __init__(
+        self, config: UNetConfig, widths: list[tuple[int, int]], heads: int, depth: int
+    ) -> None:
+        super().__init__()
+        time_channels = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                i,
+                o,
+                groups=config.norm_num_groups,
+                eps=config.norm_eps,
+                time_channels=time_channels,
+            )
+            for i, o in widths
+        )
+        if depth:
+            self.attentions = nn.ModuleList(
+                SpatialTransformer(config, o, heads, depth) for _, o in widths
+            )
+
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context) if hasattr(self, "attentions") else x
+
+
+class DownLevel(_Level):
+    """Encoder level; returns the activations that the decoder will take as skips."""
+
+    def __init__(
+        self, config: UNetConfig, widths: list[tuple[int, int]], heads: int, depth: int, last: bool
+    ) -> None:
+        super().__init__(config, widths, heads, depth)
+        if not last:
+            self.downsamplers = nn.ModuleList([Downsample(widths[-1][1], one_sided=False)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, time, context)
+            outputs.append(x)
+        if hasattr(self, "downsamplers"):
+            outputs.append(self.downsamplers[0](x))
+        return outputs
+
+
+class MidLevel(nn.Module):
+    """Residual block, transformer, residual block at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig, channels: int, heads: int, depth: int) -> None:
+        super().__init__()
+        time_channels = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                channels,
+                channels,
+                groups=config.norm_num_groups,
+                eps=config.norm_eps,
+                time_channels=time_channels,
+            )
+            for _ in range(2)
+        )
+        self.attentions = nn.ModuleList([SpatialTransformer(config, channels, heads, depth)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
+
+
+class UpLevel(_Level):
+    """Decoder level; takes one skip a residual block, then enlarges to the next skip's size."""
+
+    def __init__(
+        self, config: UNetConfig, widths: list[tuple[int, int]], heads: int, depth: int, last: bool
+    ) -> None:
+        super().__init__(config, widths, heads, depth)
+        if not last:
+            self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x, tuple(skips[-1].shape[-2:]))
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or image (as it was trained) from noisy latents, a time and text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, levels = config.block_out_channels, len(config.block_out_channels)
+        layers = per_level(config.layers_per_block, levels)
+        heads = per_level(config.attention_head_dim, levels)
+        depths = per_level(config.transformer_layers_per_block, levels)
+        time_channels = 4 * channels[0]
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], time_channels)
+        if config.addition_embed_type == "text_time":
+            assert config.projection_class_embeddings_input_dim is not None
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, time_channels
+            )
+
+        self.down_blocks = nn.ModuleList()
+        skip_widths = [channels[0]]
+        for level, kind in enumerate(config.down_block_types):
+            last = level == levels - 1
+            before = channels[max(level - 1, 0)]
+            widths = [
+                (before if i == 0 else channels[level], channels[level])
+                for i in range(layers[level])
+            ]
+            depth = depths[level] if kind.startswith("CrossAttn") else 0
+            self.down_blocks.append(DownLevel(config, widths, heads[level], depth, last))
+            skip_widths += [channels[level]] * (layers[level] + (not last))
+
+        self.mid_block = MidLevel(config, channels[-1], heads[-1], depths[-1])
+
+        self.up_blocks = nn.ModuleList()
+        width = channels[-1]
+        for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
+            widths = []
+            for _ in range(layers[level] + 1):
+                widths.append((width + skip_widths.pop(), channels[level]))
+                width = channels[level]
+            depth = depths[level] if kind.startswith("CrossAttn") else 0
+            self.up_blocks.append(UpLevel(config, widths, heads[level], depth, last=level == 0))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """sample [n, c, h, w], timestep [n], encoder_hidden_states [n, k, d] -> [n, c_out, h, w].
+
+        SDXL also takes text_embeds [n, p] (pooled text) and time_ids [n, 6] (sizes and crop).
+        """
+        time = self._time_embedding(timestep, sample.dtype, text_embeds, time_ids)
+        x = self.conv_in(sample)
+        skips = [x]
+        for down in self.down_blocks:
+            skips += down(skips[-1], time, encoder_hidden_states)
+        x = self.mid_block(skips[-1], time, encoder_hidden_states)
+        for up in self.up_blocks:
+            x = up(x, skips, time, encoder_hidden_states)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _time_embedding(
+        self,
+        timestep: Tensor,
+        dtype: torch.dtype,
+        text_embeds: Tensor | None,
+        time_ids: Tensor | None,
+    ) -> Tensor:
+        config = self.config
+
+        def waves(t: Tensor, channels: int) -> Tensor:
+            return sinusoidal_embedding(
+                t, channels, cos_first=config.flip_sin_to_cos, shift=config.freq_shift
+            )
+
+        time = self.time_embedding(waves(timestep, config.block_out_channels[0]).to(dtype))
+        if config.addition_embed_type != "text_time":
+            return time
+        assert text_embeds is not None
+        assert time_ids is not None
+        assert config.addition_time_embed_dim is not None
+        ids = waves(time_ids.flatten(), config.addition_time_embed_dim).reshape(len(time_ids), -1)
+        return time + self.add_embedding(
+            torch.cat([text_embeds, ids.to(text_embeds.dtype)], dim=-1).to(dtype)
+        )

@@ -1,0 +1,72 @@
+"""Pictures that carry their own settings: PNG text chunks that people's tools read, and a JSON chunk for ours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, PngImagePlugin
+
+from tintype.errors import RequestError
+
+CHUNK = "tintype"
+# The names by which the field's web interfaces know our methods.
+_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that is needed to make a picture again."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    scheduler: str
+    width: int
+    height: int
+    model: str
+    version: str
+
+
+def write_png(image: Image.Image, target: BinaryIO, settings: Settings) -> None:
+    """Write the picture with its settings as text chunks `parameters` and `tintype`."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", parameters(settings))
+    chunks.add_text(CHUNK, json.dumps(asdict(settings)))
+    image.save(target, format="PNG", pnginfo=chunks)
+
+
+def read_png(path: str | Path) -> Settings:
+    """The settings of a picture that Tintype wrote."""
+    with Image.open(path) as image:
+        text = getattr(image, "text", {})
+    if CHUNK not in text:
+        raise RequestError(f"{path} carries no {CHUNK!r} text chunk; it was not written by Tintype")
+    return Settings(**json.loads(text[CHUNK]))
+
+
+def parameters(settings: Settings) -> str:
+    """The settings in the `parameters` syntax of the Stable Diffusion web interfaces."""
+    fields = {
+        "Steps": settings.steps,
+        "Sampler": _SAMPLERS.get(settings.scheduler, settings.scheduler),
+        "CFG scale": f"{settings.guidance:g}",
+        "Seed": settings.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model": settings.model,
+        "Version": f"tintype {settings.version}",
+    }
+    lines = [settings.prompt]
+    if settings.negative_prompt:
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value whose own punctuation would end it is written as a JSON string, as readers expect."""
+    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value

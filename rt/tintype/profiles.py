@@ -1,0 +1,31 @@
+"""The static shapes that a stage was built for, and their names, such as `512x768-b2`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_NAME = re.compile(r"(\d+)x(\d+)-b(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Profile:
+    """A picture size in pixels and the rows of the graph's batch."""
+
+    width: int
+    height: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.width}x{self.height}-b{self.batch}"
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, name: str) -> Profile | None:
+        """The profile that a name says, or None for a stage without a picture size."""
+        found = _NAME.fullmatch(name)
+        return cls(*(int(number) for number in found.groups())) if found else None

@@ -1,0 +1,1 @@
+"""Training: objectives, the loop, and the recipes of the models in the box. Needs the extra ``train``."""

@@ -1,0 +1,30 @@
+"""Starting values that let deep residual networks learn from the first step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tintype.models.autoencoder_kl import MidAttention
+from tintype.models.layers import ResnetBlock
+from tintype.models.unet import SpatialTransformer
+
+
+@torch.no_grad()
+def silence_residual_branches(model: nn.Module) -> None:
+    """Zero the last layer of every residual branch, so that the network starts as its skip path alone.
+
+    Goyal et al. 2017 (arXiv 1706.02677, section 5.1); customary for diffusion UNets since Ho et al. 2020.
+    """
+    for module in model.modules():
+        if isinstance(module, ResnetBlock):
+            _zero(module.conv2)
+        elif isinstance(module, SpatialTransformer):
+            _zero(module.proj_out)
+        elif isinstance(module, MidAttention):
+            _zero(module.to_out[0])
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        parameter.zero_()

@@ -1,0 +1,68 @@
+"""What the models minimise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, betas linear in their square root.
+
+    Defaults are Stable Diffusion's. Ho et al. 2020 (arXiv 2006.11239), Rombach et al. 2022 (arXiv 2112.10752).
+    """
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    def alphas_cumprod(self) -> Tensor:
+        """a_t, float64 [steps]."""
+        betas = (
+            torch.linspace(
+                self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64
+            )
+            ** 2
+        )
+        return torch.cumprod(1.0 - betas, dim=0)
+
+
+def noisy_and_velocity(x0: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t and the velocity sqrt(a) noise - sqrt(1-a) x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
+    signal, sigma = (
+        t[:, None, None, None].to(x0.dtype)
+        for t in (alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt())
+    )
+    return signal * x0 + sigma * noise, signal * noise - sigma * x0
+
+
+def min_snr_weight(alpha_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weight of a velocity loss that counts no noise level above ``gamma`` (Hang et al. 2023, arXiv 2303.09556)."""
+    snr = alpha_cumprod / (1 - alpha_cumprod)
+    return snr.clamp(max=gamma) / (snr + 1)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy over the batch; images and texts [n, d], paired by row."""
+    logits = log_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Mean over elements of KL(N(mean, exp(log_variance)) || N(0, 1))."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
+
+
+def edge_loss(image: Tensor, target: Tensor) -> Tensor:
+    """L1 between finite differences at three scales: what keeps outlines and small marks sharp."""
+    total = image.new_zeros(())
+    for _ in range(3):
+        difference = image - target
+        total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+        image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
+    return total / 6

@@ -1,0 +1,170 @@
+"""The eager backend: faces, threads, batches, and what happens when 16 bits overflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tintype
+from tintype.backends.torch import TorchBackend
+from tintype.checkpoints import open_checkpoint
+from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
+from tolerances import MODULE_FP16, relative_error
+
+Saved = Callable[[str], Path]
+VAE = "vae/diffusion_pytorch_model.safetensors"
+
+
+def noise(rows: int, size: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, 4, size, size)).astype(np.float32)
+
+
+def denoise_inputs(rows: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(1)
+    return {
+        "sample": noise(rows, 8),
+        "timestep": np.linspace(1, 900, rows, dtype=np.float32),
+        "encoder_hidden_states": random.standard_normal((rows, 77, 64)).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def backend(saved: Saved) -> TorchBackend:
+    return TorchBackend(open_checkpoint(saved("sd1")), device="cpu")
+
+
+@pytest.fixture
+def loud(saved: Saved, tmp_path: Path) -> Path:
+    """A checkpoint whose decoder is finite in float32 and overflows float16."""
+    folder = Path(shutil.copytree(saved("sd1"), tmp_path / "loud"))
+    tensors = {key: value.clone() for key, value in load_file(folder / VAE).items()}
+    for key in ("decoder.conv_in.weight", "decoder.conv_in.bias"):
+        tensors[key] *= 2.0**17
+    (folder / VAE).unlink()
+    save_file(tensors, folder / VAE)
+    return folder
+
+
+def upcast_hint(folder: Path, hint: bool) -> None:
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": hint}))
+
+
+def test_every_stage_is_there_and_any_shape_runs(backend: TorchBackend) -> None:
+    assert backend.stages == ("encode", "denoise", "decode", "encode_image")
+    assert all(backend.profiles(stage) is None for stage in backend.stages)
+    for size in (2, 3):
+        image = backend.run("decode", "", {"latents": noise(1, size)})["image"]
+        assert image.shape == (1, 8 * size, 8 * size, 3)
+        assert image.dtype == np.float32
+        assert 0 <= image.min() <= image.max() <= 1
+
+
+def test_an_unknown_stage_is_refused_with_those_there_are(backend: TorchBackend) -> None:
+    with pytest.raises(RequestError, match=r"'upscale'; it has encode, denoise"):
+        backend.run("upscale", "", {})
+
+
+@pytest.mark.parametrize(("stage", "make"), [("decode", None), ("denoise", denoise_inputs)])
+def test_a_row_is_the_same_bytes_alone_and_in_a_batch(
+    backend: TorchBackend, stage: str, make: Callable[[int], dict[str, np.ndarray]] | None
+) -> None:
+    inputs = make(4) if make else {"latents": noise(4)}
+    (together,) = backend.run(stage, "", inputs).values()
+    for row in range(4):
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        (alone,) = backend.run(stage, "", one).values()
+        assert alone.tobytes() == together[row : row + 1].tobytes()
+
+
+def test_a_seed_is_the_same_picture_alone_and_in_a_batch(saved: Saved) -> None:
+    pipe = tintype.load(saved("sd1"))
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    batch = pipe(["red", "the", "blue", "red"], seed=[3, 4, 5, 6], **settings).images
+    alone = pipe("blue", seed=5, **settings).images
+    assert alone[0].tobytes() == batch[2].tobytes()
+
+
+def test_threads_share_a_backend_without_disturbing_each_other(saved: Saved) -> None:
+    expected = TorchBackend(open_checkpoint(saved("sd1"))).run("denoise", "", denoise_inputs(4))
+    shared = TorchBackend(open_checkpoint(saved("sd1")))
+
+    def one(row: int) -> np.ndarray:
+        inputs = {name: value[row : row + 1] for name, value in denoise_inputs(4).items()}
+        return shared.run("denoise", "", inputs)["model_output"]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(one, [0, 1, 2, 3] * 3))
+    for index, result in enumerate(results):
+        assert result.tobytes() == expected["model_output"][index % 4][None].tobytes()
+
+
+def test_read_only_inputs_run_without_a_warning(backend: TorchBackend) -> None:
+    latents = noise(1)
+    latents.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.run("decode", "", {"latents": latents})
+
+
+def test_a_stage_that_overflows_16_bits_runs_again_in_float32(loud: Path) -> None:
+    upcast_hint(loud, False)
+    checkpoint = open_checkpoint(loud)
+    expected = TorchBackend(checkpoint, dtype="float32").run("decode", "", {"latents": noise(2)})
+    half = TorchBackend(checkpoint, dtype="float16", batch_invariant=False)
+    with pytest.warns(RuntimeWarning, match="stage decode met NaN or infinity in float16"):
+        actual = half.run("decode", "", {"latents": noise(2)})
+    assert relative_error(actual["image"], expected["image"]) <= MODULE_FP16
+
+
+def test_a_decoder_that_says_it_overflows_is_scaled_for_float16(loud: Path) -> None:
+    upcast_hint(loud, True)
+    checkpoint = open_checkpoint(loud)
+    expected = TorchBackend(checkpoint, dtype="float32").run("decode", "", {"latents": noise(1)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actual = TorchBackend(checkpoint, dtype="float16").run("decode", "", {"latents": noise(1)})
+    assert relative_error(actual["image"], expected["image"]) <= MODULE_FP16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_broken_weights_fail_with_the_stages_name(saved: Saved, tmp_path: Path, dtype: str) -> None:
+    folder = Path(shutil.copytree(saved("sd1"), tmp_path / "broken"))
+    tensors = {key: value.clone() for key, value in load_file(folder / VAE).items()}
+    tensors["decoder.conv_in.bias"][0] = torch.nan
+    (folder / VAE).unlink()
+    save_file(tensors, folder / VAE)
+    backend = TorchBackend(open_checkpoint(folder), dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(TintypeError, match="stage decode met NaN or infinity in float32"):
+            backend.run("decode", "", {"latents": noise(1)})
+
+
+def test_a_tokenizer_of_another_model_is_told_from_its_ids(backend: TorchBackend) -> None:
+    ids = np.full((1, 77), 49407)
+    with pytest.raises(
+        CheckpointError, match="tokenizer gives id 49407, the text encoder knows 518"
+    ):
+        backend.run("encode", "", {"input_ids": ids})
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float8"}, {"device": "abacus"}], ids=str)
+def test_unknown_options_say_what_there_is(saved: Saved, options: dict[str, str]) -> None:
+    with pytest.raises(RequestError, match="choose auto"):
+        TorchBackend(open_checkpoint(saved("sd1")), **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named(saved: Saved) -> None:
+    with pytest.raises(BackendUnavailable, match="cuda"):
+        TorchBackend(open_checkpoint(saved("sd1")), device="cuda")

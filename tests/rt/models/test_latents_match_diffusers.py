@@ -1,0 +1,64 @@
+"""Twenty guided steps through our pipeline and through diffusers' own, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import small_checkpoints
+import tintype
+from tintype.errors import RequestError
+from tolerances import LATENTS_20_STEPS, relative_error
+
+Saved = Callable[[str], Path]
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+}
+
+
+# Without a negative prompt SDXL is guided from zeros, the others from the empty prompt.
+@pytest.mark.parametrize("negative", ["blue", None])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_latents_equal_diffusers(
+    saved: Saved, kind: str, scheduler: str, negative: str | None
+) -> None:
+    theirs = small_checkpoints.PIPELINES[kind].from_pretrained(saved(kind))
+    theirs.set_progress_bar_config(disable=True)
+    # From the file, because one scheduler's class drops settings that the next one reads.
+    theirs.scheduler = SCHEDULERS[scheduler].from_pretrained(saved(kind) / "scheduler")
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 6)).astype(np.float32)
+    request = {
+        "prompt": "the red, the Red",
+        "negative_prompt": negative,
+        "height": 64,
+        "width": 48,
+        "num_inference_steps": 20,
+        "guidance_scale": 7.5,
+        "output_type": "latent",
+    }
+    expected = theirs(**request, latents=torch.from_numpy(noise.copy())).images
+    actual = tintype.load(saved(kind))(**request, latents=noise, scheduler=scheduler).images
+    assert relative_error(actual, expected) <= LATENTS_20_STEPS
+
+
+def test_a_picture_equals_diffusers_in_every_byte_but_rounding(saved: Saved) -> None:
+    theirs = small_checkpoints.PIPELINES["sd1"].from_pretrained(saved("sd1"))
+    theirs.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    request = {"prompt": "red", "num_inference_steps": 5}
+    expected = theirs(**request, latents=torch.from_numpy(noise.copy())).images[0]
+    actual = tintype.load(saved("sd1"))(**request, latents=noise).images[0]
+    assert np.abs(np.asarray(actual, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_an_inpainting_model_says_that_it_needs_a_picture(saved: Saved) -> None:
+    with pytest.raises(RequestError, match="inpaint"):
+        tintype.load(saved("sd_inpainting"))("red", num_inference_steps=1)

@@ -1,0 +1,206 @@
+"""The command line as a user meets it: files, exit statuses, one-line errors, one JSON object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tintype
+from tintype import cli
+from tintype.cli import main
+from tintype.png import read_png
+
+PROMPT = "a red lighthouse"
+
+
+def generate(bundle, *arguments):
+    return main(["generate", PROMPT, "-m", str(bundle), *arguments])
+
+
+def test_generate_writes_the_picture_with_its_settings(
+    tiny_bundle, tiny_pipeline, tmp_path, capsys
+):
+    target = tmp_path / "out.png"
+    arguments = ["--seed", "7", "--steps", "3", "--guidance", "2", "--scheduler", "euler"]
+    assert generate(tiny_bundle, "-o", str(target), "-n", "fog", "--size", "48x32", *arguments) == 0
+    settings = read_png(target)
+    assert (settings.prompt, settings.negative_prompt, settings.seed) == (PROMPT, "fog", 7)
+    assert (settings.steps, settings.guidance, settings.scheduler) == (3, 2.0, "euler")
+    assert (settings.width, settings.height, settings.model) == (48, 32, "tiny")
+    (expected,) = tiny_pipeline(
+        PROMPT,
+        "fog",
+        width=48,
+        height=32,
+        seed=7,
+        num_inference_steps=3,
+        guidance_scale=2,
+        scheduler="euler",
+    ).images
+    with Image.open(target) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+    printed = capsys.readouterr()
+    assert printed.out == f"{target} (seed 7)\n"
+    assert printed.err == "step 3/3\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_long_prompt_warns_in_one_line(tiny_bundle, tmp_path, capsys):
+    arguments = ["-m", str(tiny_bundle), "-o", str(tmp_path / "a.png")]
+    assert main(["generate", "word " * 100, *arguments]) == 0
+    warning, *rest = capsys.readouterr().err.splitlines()
+    assert warning.startswith("tintype: warning: the prompt has")
+    assert rest == ["step 4/4"]
+
+
+def test_a_terminal_gets_a_bar(tiny_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert generate(tiny_bundle, "-o", str(tmp_path / "a.png")) == 0
+    bars = capsys.readouterr().err.split("\r")
+    assert bars[-1] == f"[{'#' * 30}] step 4/4\n"
+    assert len(bars) == 1 + 4
+
+
+def test_generate_names_files_after_seeds(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate(tiny_bundle, "--seed", "7", "--count", "2") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tintype-7.png", "tintype-8.png"]
+
+
+def test_generate_numbers_a_named_file(tiny_bundle, tmp_path):
+    assert generate(tiny_bundle, "-o", str(tmp_path / "a.png"), "--count", "2", "--seed", "1") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1.png", "a-2.png"]
+    assert [read_png(tmp_path / f"a-{i}.png").seed for i in (1, 2)] == [1, 2]
+
+
+def test_json_is_one_object_and_nothing_else(tiny_bundle, tmp_path, capsys):
+    target = tmp_path / "a.png"
+    assert generate(tiny_bundle, "-o", str(target), "--seed", "1", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"] == [{"path": str(target), "seed": 1}]
+    assert {"load", "encode", "denoise", "decode", "save"} == set(report["timings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "64x64"], "size 64x64 is not in this model; it has 32x32, 48x32"),
+        (["--steps", "0"], "num_inference_steps=0"),
+        (["--guidance", "nan"], "guidance_scale=nan"),
+        (["--scheduler", "warp"], "choose one of ddim, euler, dpmpp_2m"),
+        (["--seed", "-4"], "seed=-4"),
+        (["--count", "0"], "num_images_per_prompt=0"),
+        (["--backend", "warp"], "backend='warp'"),
+        (["-o", "no/such/folder/a.png"], "no such folder"),
+    ],
+)
+def test_bad_usage_is_status_2_and_one_line(
+    tiny_bundle, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert generate(tiny_bundle, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tintype: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--size", "64"], ["--steps", "many"], ["--nonsense"]])
+def test_what_argparse_refuses_is_status_2(tiny_bundle, arguments, capsys):
+    assert generate(tiny_bundle, *arguments) == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_a_folder_as_output(tiny_bundle, tmp_path, capsys):
+    assert generate(tiny_bundle, "-o", str(tmp_path)) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_failure_is_status_1_and_debug_shows_the_traceback(tmp_path, capsys):
+    arguments = ["generate", PROMPT, "-m", str(tmp_path / "nothing"), "-o", str(tmp_path / "a.png")]
+    assert main(arguments) == 1
+    assert "nothing is not a folder, a file" in capsys.readouterr().err
+    assert main([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(
+    tiny_bundle, tmp_path, monkeypatch, capsys
+):
+    def fail(image, stream, settings):
+        stream.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tintype.png.write_png", fail)
+    assert generate(tiny_bundle, "-o", str(tmp_path / "a.png")) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_a_bundle(tiny_bundle, capsys):
+    assert main(["inspect", str(tiny_bundle), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"]["kind"] == "bundle"
+    assert report["model"]["stages"]["encode"] == ["b1"]
+    assert report["auto"]["backend"] == "onnxruntime"
+    assert report["kernels"]["selected"] == "native"
+    assert report["tintype"] == tintype.__version__
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    text = capsys.readouterr().out
+    assert "auto picks onnxruntime: it runs a bundle" in text
+    assert "kernels: native, TINTYPE_KERNELS=auto" in text
+
+
+def test_inspect_without_the_extension_says_so(tiny_bundle, capsys, monkeypatch):
+    monkeypatch.setattr("tintype_kernels.native.module", None)
+    monkeypatch.setattr("tintype_kernels.native.reason", "not built")
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    assert "kernels: reference, TINTYPE_KERNELS=auto (not built)" in capsys.readouterr().out
+
+
+def test_schedulers_are_listed(capsys):
+    assert main(["schedulers"]) == 0
+    assert capsys.readouterr().out.split() == tintype.schedulers()
+    assert main(["schedulers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"schedulers": tintype.schedulers()}
+
+
+def test_no_command_and_unknown_commands_are_status_2(capsys):
+    assert main([]) == 2
+    assert main(["paint"]) == 2
+    assert "generate" in capsys.readouterr().err
+
+
+def test_help_lists_what_other_packages_add(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(
+        command in text for command in ("generate", "inspect", "schedulers", "bench", "train")
+    )
+
+
+def test_a_command_whose_packages_are_missing_names_the_extra(monkeypatch, capsys):
+    absent = EntryPoint("serve", "a_package_nobody_has.cli:register", cli.GROUP)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [absent])
+    assert main(["serve", "model", "--port", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "a_package_nobody_has" in error
+    assert 'pip install "tintype[serve]"' in error
+
+
+def test_the_installed_command_runs(tiny_bundle, tmp_path):
+    command = [sys.executable, "-m", "tintype.cli", "generate", PROMPT, "-m", str(tiny_bundle)]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "a.png"), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["images"][0]["path"] == str(tmp_path / "a.png")
