@@ -148,3 +148,17 @@ TEXT_ENCODERS: dict[str, tuple[Config, bool]] = {
     "sdxl": (_VIT_L, False),
     "sdxl_2": (_VIT_BIG_G, True),
 }
+# Stable Diffusion 1.5's scheduler_config.json.
+SD15_SCHEDULER: Config = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}

@@ -43,6 +43,10 @@ def write_tiny_bundle(folder):
         name = f"{width}x{height}-b1"
         path = save(folder, f"decode/{name}.onnx", decode_graph(height // 8, width // 8), external)
         stages.setdefault("decode", {})[name] = path
+        path = save(
+            folder, f"encode_image/{name}.onnx", encode_image_graph(height, width), external
+        )
+        stages.setdefault("encode_image", {})[name] = path
     write_manifest(
         folder,
         name="tiny",
@@ -61,6 +65,7 @@ def random_weights():
         "conv": (4, 4, 3, 3),
         "mix": (WIDTH, 4),
         "paint": (4, 192),
+        "look": (4, 3, 1, 1),
     }
     return {
         name: rng.standard_normal(shape).astype(np.float32) / 3 for name, shape in shapes.items()
@@ -152,6 +157,19 @@ def decode_graph(height, width):
     inputs = [helper.make_tensor_value_info("latents", F32, [1, 4, height, width])]
     outputs = [helper.make_tensor_value_info("image", F32, [1, 8 * height, 8 * width, 3])]
     return nodes, inputs, outputs, constants
+
+
+def encode_image_graph(height, width):
+    """Each latent mixes the mean colours of its own 8x8 block."""
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("AveragePool", ["planes"], ["means"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Conv", ["means", "look"], ["latents"]),
+    ]
+    inputs = [helper.make_tensor_value_info("image", F32, [1, height, width, 3])]
+    latent = [1, 4, height // 8, width // 8]
+    outputs = [helper.make_tensor_value_info("latents", F32, latent)]
+    return nodes, inputs, outputs, []
 
 
 def save(folder, relative, parts, external):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tintype._version import __version__
 
 if TYPE_CHECKING:
+    from tintype import embeddings, guidance, images
     from tintype.errors import (
         BackendUnavailable,
         BundleError,
@@ -38,6 +39,9 @@ _HOMES = {
     "load": "tintype.loading",
 }
 
+# The package of schedulers can itself be called, so `tintype.schedulers()` works however it was imported.
+_MODULES = ("embeddings", "guidance", "images", "schedulers")
+
 __all__ = [
     "BackendUnavailable",
     "BundleError",
@@ -49,6 +53,9 @@ __all__ = [
     "RequestError",
     "TintypeError",
     "__version__",
+    "embeddings",
+    "guidance",
+    "images",
     "load",
     "schedulers",
 ]
@@ -57,9 +64,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "schedulers":
-        # The package itself can be called, so `tintype.schedulers()` works however it was imported.
-        return importlib.import_module("tintype.schedulers")
+    if name in _MODULES:
+        return importlib.import_module(f"tintype.{name}")
     raise AttributeError(f"module 'tintype' has no attribute {name!r}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import traceback
 import warnings
@@ -60,14 +59,14 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    from tintype.commands import generate, inspect
+    from tintype.commands import generate, inspect, schedulers
 
     parser = argparse.ArgumentParser(prog="tintype", description=tintype.__doc__)
     parser.add_argument("--version", action="version", version=f"tintype {tintype.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.register(subparsers)
     inspect.register(subparsers)
-    _register_schedulers(subparsers)
+    schedulers.register(subparsers)
     # Looking other packages up costs time, so only a command that is not ours does it.
     if not arguments or arguments[0] not in subparsers.choices:
         _register_plugins(subparsers, arguments[0] if arguments else "")
@@ -104,17 +103,6 @@ def _register_absent(subparsers: Subparsers, plugin: EntryPoint, error: ImportEr
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     parser.set_defaults(run=run)
-
-
-def _register_schedulers(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("schedulers", help="list the sampling methods")
-    add_common(parser)
-    parser.set_defaults(run=_schedulers)
-
-
-def _schedulers(options: argparse.Namespace) -> None:
-    names = tintype.schedulers()
-    print(json.dumps({"schedulers": names}) if options.json else "\n".join(names))
 
 
 if __name__ == "__main__":

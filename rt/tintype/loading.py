@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tintype.backends import choose
 from tintype.bundle import MANIFEST, cache_folder, is_bundle, open_bundle
@@ -29,17 +29,20 @@ def load(
     dtype: str = "auto",
     *,
     allow_pickle: bool = False,
+    batch_invariant: bool | None = None,
 ) -> Pipeline:
     """Load a model and return its pipeline.
 
     `source` is a bundle folder, a checkpoint folder in diffusers layout, a single `.safetensors` file, the
     name of a model in the box, or a hub id. `backend` is auto, onnxruntime or torch; bundles run without
     torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32".
+    `batch_invariant` gives every picture the bytes that it has alone, wherever it is in a batch; None means on CPU.
     """
     path = resolve(source)
+    options = {"device": device, "dtype": dtype, "batch_invariant": batch_invariant}
     if is_bundle(path) and not (backend == "torch" and is_checkpoint(path)):
-        return _load_bundle(path, backend, device, dtype)
-    return _load_checkpoint(path, backend, device, dtype, allow_pickle)
+        return _load_bundle(path, backend, options)
+    return _load_checkpoint(path, backend, options, allow_pickle)
 
 
 def resolve(source: str | Path) -> Path:
@@ -78,13 +81,13 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return open_checkpoint(path, allow_pickle=allow_pickle)
 
 
-def _load_bundle(path: Path, backend: str, device: str, dtype: str) -> Pipeline:
+def _load_bundle(path: Path, backend: str, options: dict[str, Any]) -> Pipeline:
     _, reason = choose(backend, "bundle")
     from tintype.backends.onnxruntime import OnnxRuntimeBackend
 
     bundle = open_bundle(path)
     family = LatentUNet(
-        backend=OnnxRuntimeBackend(bundle, device=device, dtype=dtype),
+        backend=OnnxRuntimeBackend(bundle, **options),
         tokenizers=[ClipTokenizer(bundle.path(folder)) for folder in bundle.tokenizers],
         scheduler_config=bundle.scheduler,
         defaults=bundle.defaults,
@@ -93,14 +96,14 @@ def _load_bundle(path: Path, backend: str, device: str, dtype: str) -> Pipeline:
 
 
 def _load_checkpoint(
-    path: Path, backend: str, device: str, dtype: str, allow_pickle: bool
+    path: Path, backend: str, options: dict[str, Any], allow_pickle: bool
 ) -> Pipeline:
     _, reason = choose(backend, "checkpoint")
     from tintype.backends.torch import TorchBackend
 
     checkpoint = open_source(path, allow_pickle=allow_pickle)
     family = LatentUNet(
-        backend=TorchBackend(checkpoint, device=device, dtype=dtype),
+        backend=TorchBackend(checkpoint, **options),
         tokenizers=[ClipTokenizer(folder) for folder in checkpoint.tokenizer_folders],
         scheduler_config=checkpoint.scheduler_config,
         defaults=checkpoint.defaults,

@@ -10,12 +10,17 @@ from numpy.typing import NDArray
 
 from tintype_kernels import philox_uint32
 
-_INITIAL_STREAM, _STEP_STREAM = 0, 1
+_INITIAL_STREAM, _STEP_STREAM, _RENEWED_STREAM = 0, 1, 2
 
 
-def initial_noise(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normals float32 of `shape`: where the sampling of `seed` (0 .. 2**64-1) begins."""
-    return _normals(seed, shape, step=0, stream=_INITIAL_STREAM)
+def initial_noise(
+    seed: int, shape: tuple[int, ...], *, renewed: bool = False
+) -> NDArray[np.float32]:
+    """Standard normals float32 of `shape`: where the sampling of `seed` (0 .. 2**64-1) begins.
+
+    `renewed`: where a second walk of the same picture does, which shares nothing with the first.
+    """
+    return _normals(seed, shape, step=0, stream=_RENEWED_STREAM if renewed else _INITIAL_STREAM)
 
 
 def step_noise(seed: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tintype import images
 from tintype.errors import Cancelled, RequestError
-from tintype.families.latent_unet import Conditioning, Floats, LatentUNet
-from tintype.request import ImageRequest, guidance_number, spread, whole_number
+from tintype.families.conditioning import Conditioning
+from tintype.families.latent_unet import LatentUNet
+from tintype.guidance import Scale, check_scale
+from tintype.images import Floats, to_pil
+from tintype.request import ImageRequest, share, spread, starts, whole_number
 from tintype.schedulers import default_name
 
 OnStep = Callable[[int, int, Floats], Any]
 OUTPUT_TYPES = ("pil", "np", "latent")
+# The share of the steps that an edit runs where the caller leaves it open, as in diffusers.
+_STRENGTH = {"image": 0.8, "mask": 1.0, "interpolated": 0.5}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Scale | None = None,
         scheduler: str | None = None,
     ) -> dict[str, Any]:
         """The settings of a request, with the model's own where they are left open."""
@@ -59,7 +65,8 @@ class Pipeline:
         method = (
             scheduler or defaults.get("scheduler") or default_name(self.family.scheduler_config)
         )
-        return {**whole, "guidance": guidance_number(guidance), "scheduler": method}
+        checked = check_scale(guidance, whole["steps"])
+        return {**whole, "guidance": checked, "scheduler": method}
 
     def __call__(  # noqa: PLR0913 - the contract's arguments, which are diffusers'
         self,
@@ -69,7 +76,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Scale | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         scheduler: str | None = None,
@@ -79,64 +86,151 @@ class Pipeline:
         strength: float | None = None,
         output_type: str = "pil",
         callback_on_step_end: OnStep | None = None,
+        guidance_rescale: float = 0.0,
+        prompt_weighting: bool = False,
+        long_prompts: bool = False,
+        interpolate_from: tuple[int, int] | None = None,
     ) -> Output:
-        """Make pictures. See `docs/` for every argument; names follow diffusers.
+        """Make pictures; names follow diffusers.
 
-        A guidance scale of 1 or less means no guidance. `latents` is the unit noise to begin from,
-        [n, c, h/f, w/f]. `callback_on_step_end(step, total, latents)` counts the steps of all images,
-        from 0, and cancels the call by returning False, which raises `Cancelled`.
+        `guidance_scale` is a number, a list of one a step, or a function of progress in 0..1, such as
+        `tintype.guidance.interval(7.5, 0.1, 0.8)`; 1 or less means no guidance, and `guidance_rescale` draws the
+        guided output's deviation back to the prompt's own. `latents` is the unit noise to begin from,
+        [n, c, h/f, w/f].
+
+        `image` (PIL, numpy, torch, or a list) is what to begin from, after `strength` of the steps' noise, and
+        `mask_image` says, in white, where to paint it anew; both are cropped and scaled to the size asked for, by
+        default the image's own where the model runs it. `interpolate_from` is a (width, height) that the picture
+        is first made at, before its latents are interpolated and finished at the size asked for.
+
+        `prompt_weighting` reads `(word:1.3)`, `(word)` and `[word]`; `long_prompts` reads all of a prompt that
+        is longer than the text encoder's window.
+
+        `callback_on_step_end(step, total, latents)` counts the steps of all images, from 0, and cancels the
+        call by returning False, which raises `Cancelled`.
         """
-        for name, value in (("image", image), ("mask_image", mask_image), ("strength", strength)):
-            if value is not None:
-                raise RequestError(f"{name} is not supported by this pipeline yet")
         if output_type not in OUTPUT_TYPES:
             raise RequestError(
                 f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}"
             )
-        settings = self.settings(
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-        )
-        requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, latents, settings)
+        if interpolate_from is not None and image is not None:
+            raise RequestError("interpolate_from makes a picture of its own, so it takes no image")
+        if image is not None and width is None and height is None:
+            width, height = self._own_size(image)
+        settings = {
+            **self.settings(
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                scheduler=scheduler,
+            ),
+            "strength": _strength(strength, image, mask_image, interpolate_from),
+            "guidance_rescale": share("guidance_rescale", guidance_rescale, least=0),
+            "prompt_weighting": prompt_weighting,
+            "long_prompts": long_prompts,
+            "interpolate_from": interpolate_from,
+        }
+        own = _own_arrays(latents, image, mask_image, settings)
+        requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
         return self._run(requests, output_type, callback_on_step_end)
+
+    def _own_size(self, image: Any) -> tuple[int | None, int | None]:
+        """The size of the (first) picture where the model runs it; else the model's own."""
+        first = image[0] if isinstance(image, Sequence) and image else image
+        height, width = images.to_numpy(first).shape[1:3]
+        return (width, height) if self.family.runs(width, height) else (None, None)
 
     def _run(
         self, requests: list[ImageRequest], output_type: str, on_step: OnStep | None
     ) -> Output:
-        """One image after the other through the same profile, so that no image depends on its neighbours."""
+        """As many images at a time as the backend holds without their bytes depending on their neighbours."""
         for request in requests:
             self.family.check(request)
         timings: dict[str, float] = {}
         known: dict[str, Conditioning] = {}
+        pictures: dict[int, Floats] = {}
+        size = self.family.together(requests[0])
+        chunks = [requests[i : i + size] for i in range(0, len(requests), size)]
+        notify = _counter(on_step, len(chunks) * self.family.evaluations(requests[0]))
         results = []
-        for index, request in enumerate(requests):
-            both = self.family.conditionings(request, known, timings)
-            notify = _counter(on_step, index, len(requests), request.steps)
-            result = self.family.denoise(request, *both, notify, timings)
-            if output_type != "latent":
-                result = self.family.decode(request, result, timings)
-            results.append(result)
+        for chunk in chunks:
+            texts = [self.family.conditionings(request, known, timings) for request in chunk]
+            latents = self.family.denoise(chunk, texts, pictures, notify, timings)
+            for request, own in zip(chunk, latents, strict=True):
+                result = own[None]
+                if output_type != "latent":
+                    result = self.family.decode(request, result, timings)
+                results.append(result)
         arrays = np.concatenate(results)
-        images = [to_pil(array) for array in arrays] if output_type == "pil" else arrays
-        return Output(images, [request.seed for request in requests], timings)
+        made = [to_pil(array) for array in arrays] if output_type == "pil" else arrays
+        return Output(made, [request.seed for request in requests], timings)
 
 
-def to_pil(image: NDArray[np.float32]) -> Image.Image:
-    """float32 [h, w, 3] in 0..1 -> an 8-bit picture, rounded to nearest."""
-    return Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
+def _strength(
+    strength: float | None, image: Any, mask: Any, interpolate_from: tuple[int, int] | None
+) -> float:
+    if image is None:
+        if mask is not None:
+            raise RequestError("mask_image says where to paint an image anew; give image, too")
+        if interpolate_from is None and strength is not None:
+            raise RequestError("strength says how far to change an image; give image, too")
+    kind = "mask" if mask is not None else "image" if image is not None else "interpolated"
+    if image is None and interpolate_from is None:
+        return 1.0
+    return share(
+        "strength",
+        _STRENGTH[kind] if strength is None else strength,
+        least=float(np.nextafter(0, 1)),
+    )
 
 
-def _counter(
-    on_step: OnStep | None, image: int, images: int, steps: int
-) -> Callable[[int, Floats], None]:
-    total = images * steps
+def _own_arrays(
+    latents: Any, image: Any, mask: Any, settings: Mapping[str, Any]
+) -> dict[str, Callable[[int], list[Floats]]]:
+    """The arrays of which every image has its own, as functions of how many images there are."""
+    size = settings["width"], settings["height"]
 
-    def notify(step: int, latents: Floats) -> None:
-        done = image * steps + step
-        if on_step is not None and on_step(done, total, latents) is False:
-            raise Cancelled(f"the callback cancelled the request at step {done + 1} of {total}")
+    def fitted(count: int) -> list[Floats]:
+        return _fitted(images.each(image, count), size)
+
+    def masks(count: int) -> list[Floats]:
+        pictures = images.each(image, count)
+        found = images.each(mask, count, "mask_image", channels=1)
+        for picture, own in zip(pictures, found, strict=True):
+            if picture.shape[1:3] != own.shape[1:3]:
+                raise RequestError(
+                    f"mask_image is {_size(own)} and image {_size(picture)}; make them the same size"
+                )
+        return [np.float32(1) * (each >= 0.5) for each in _fitted(found, size)]
+
+    makers: dict[str, Callable[[int], list[Floats]]] = {}
+    if latents is not None:
+        makers["latents"] = lambda count: starts(latents, count)
+    if image is not None:
+        makers["image"] = fitted
+    if mask is not None:
+        makers["mask"] = masks
+    return makers
+
+
+def _fitted(pictures: list[Floats], size: tuple[int, int]) -> list[Floats]:
+    """Each at the size asked for; one object stays one, so that it is encoded once."""
+    made: dict[int, Floats] = {id(each): images.cover(each, *size) for each in pictures}
+    return [made[id(each)] for each in pictures]
+
+
+def _size(picture: Floats) -> str:
+    return f"{picture.shape[2]}x{picture.shape[1]}"
+
+
+def _counter(on_step: OnStep | None, total: int) -> Callable[[Floats], None]:
+    done = 0
+
+    def notify(latents: Floats) -> None:
+        nonlocal done
+        step, done = done, done + 1
+        if on_step is not None and on_step(step, total, latents) is False:
+            raise Cancelled(f"the callback cancelled the request at step {done} of {total}")
 
     return notify

@@ -13,12 +13,27 @@ from tintype.errors import RequestError
 
 CHUNK = "tintype"
 # The names by which the field's web interfaces know our methods.
-_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+_SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "lms": "LMS",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+    "flow_euler": "Euler",
+    "flow_heun": "Heun",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that is needed to make a picture again."""
+    """Everything that is needed to make a picture again, but for the picture that an edit began with."""
 
     prompt: str
     negative_prompt: str
@@ -30,6 +45,7 @@ class Settings:
     height: int
     model: str
     version: str
+    strength: float | None = None
 
 
 def write_png(image: Image.Image, target: BinaryIO, settings: Settings) -> None:
@@ -60,6 +76,8 @@ def parameters(settings: Settings) -> str:
         "Model": settings.model,
         "Version": f"tintype {settings.version}",
     }
+    if settings.strength is not None:
+        fields["Denoising strength"] = f"{settings.strength:g}"
     lines = [settings.prompt]
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")

@@ -29,3 +29,18 @@ class Profile:
         """The profile that a name says, or None for a stage without a picture size."""
         found = _NAME.fullmatch(name)
         return cls(*(int(number) for number in found.groups())) if found else None
+
+
+def cut(rows: int, batches: list[int] | None) -> list[int]:
+    """Batch sizes that hold `rows` one after the other: the largest that are filled, then the smallest for the rest.
+
+    None for `batches` means that any size runs.
+    """
+    if batches is None:
+        return [rows]
+    counts = []
+    while rows > 0:
+        full = [batch for batch in batches if batch <= rows]
+        counts.append(max(full) if full else min(batches))
+        rows -= counts[-1]
+    return counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -13,23 +12,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.errors import RequestError
+from tintype.guidance import Scale
 
 SEEDS = 1 << 64
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image, with nothing left open. `latents` is unit noise float32 [1, c, h/f, w/f], or None to draw it."""
+    """One image, with nothing left open.
+
+    `latents` is unit noise float32 [1, c, h/f, w/f], or None to draw it; `image` [1, h, w, 3] in 0..1 and `mask`
+    [1, h, w, 1], 1 where the picture is painted anew, are what an edit begins with, `strength` the share of steps.
+    """
 
     prompt: str
     negative_prompt: str | None
     width: int
     height: int
     steps: int
-    guidance: float
+    guidance: Scale
     seed: int
     scheduler: str
-    latents: NDArray[np.float32] | None = None
+    latents: Floats | None = None
+    image: Floats | None = None
+    mask: Floats | None = None
+    strength: float = 1.0
+    guidance_rescale: float = 0.0
+    prompt_weighting: bool = False
+    long_prompts: bool = False
+    interpolate_from: tuple[int, int] | None = None
+
+    @property
+    def start(self) -> int:
+        """How many of the first steps are left out."""
+        return self.steps - min(int(self.steps * self.strength), self.steps)
 
 
 def spread(
@@ -37,19 +54,28 @@ def spread(
     negative_prompt: str | Sequence[str] | None,
     per_prompt: int,
     seed: int | Sequence[int] | None,
-    latents: NDArray[Any] | None,
+    own: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> list[ImageRequest]:
-    """One request an image; the images of a prompt are neighbours. `settings` are the fields they share."""
+    """One request an image; the images of a prompt are neighbours. `settings` are the fields they share.
+
+    `own` maps the name of a field of which each image has its own to a function (count) -> one value an image.
+    """
     prompts = _prompts(prompt)
     negatives = _negatives(negative_prompt, len(prompts))
     copies = whole_number("num_images_per_prompt", per_prompt, least=1)
     seeds = _seeds(seed, len(prompts) * copies)
-    starts = _starts(latents, len(seeds))
+    each = {name: values(len(seeds)) for name, values in own.items()}
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(copies)]
     return [
-        ImageRequest(prompt=text, negative_prompt=negative, seed=number, latents=start, **settings)
-        for (text, negative), number, start in zip(pairs, seeds, starts, strict=True)
+        ImageRequest(
+            prompt=text,
+            negative_prompt=negative,
+            seed=number,
+            **{name: values[index] for name, values in each.items()},
+            **settings,
+        )
+        for index, ((text, negative), number) in enumerate(zip(pairs, seeds, strict=True))
     ]
 
 
@@ -64,15 +90,27 @@ def whole_number(name: str, value: Any, *, least: int) -> int:
     return number
 
 
-def guidance_number(value: Any) -> float:
-    """A finite float, or a RequestError."""
+def share(name: str, value: Any, *, least: float) -> float:
+    """A number in [least, 1], or, where `least` is the smallest positive one, in (0, 1]; else a RequestError."""
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RequestError(f"guidance_scale={value!r} is not a finite number")
+        number = -1.0
+    if not least <= number <= 1:
+        raise RequestError(f"{name}={value!r} is outside {'[0' if least == 0 else '(0'}, 1]")
     return number
+
+
+def starts(latents: NDArray[Any], count: int) -> list[Floats]:
+    """The initial noise of each image [1, c, h/f, w/f]."""
+    given = np.ascontiguousarray(latents, np.float32)
+    if given.ndim != 4 or len(given) != count:
+        raise RequestError(
+            f"latents has shape {list(given.shape)}, expected [{count}, c, h/f, w/f]"
+        )
+    if not np.isfinite(given).all():
+        raise RequestError("latents holds NaN or infinity")
+    return [given[image : image + 1] for image in range(count)]
 
 
 def _prompts(prompt: str | Sequence[str]) -> list[str]:
@@ -110,16 +148,3 @@ def _seed(value: Any) -> int:
     if number >= SEEDS:
         raise RequestError(f"seed={value!r} is not below 2**64")
     return number
-
-
-def _starts(latents: NDArray[Any] | None, count: int) -> list[NDArray[np.float32] | None]:
-    if latents is None:
-        return [None] * count
-    starts = np.ascontiguousarray(latents, np.float32)
-    if starts.ndim != 4 or len(starts) != count:
-        raise RequestError(
-            f"latents has shape {list(starts.shape)}, expected [{count}, c, h/f, w/f]"
-        )
-    if not np.isfinite(starts).all():
-        raise RequestError("latents holds NaN or infinity")
-    return [starts[image : image + 1] for image in range(count)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tintype.errors import CheckpointError
+from tintype.prompts import Fragments
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -27,6 +28,13 @@ _PIECES = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+
+
+class Window(NamedTuple):
+    """What a text encoder reads at once: ids int64 [1, length], and each token's weight float32 [length]."""
+
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
 
 
 class ClipTokenizer:
@@ -51,19 +59,39 @@ class ClipTokenizer:
 
         What does not fit is dropped, with one warning that quotes it.
         """
-        text = _well_formed(prompt)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ids, room = list(encoding.ids), self.length - 2
-        if len(ids) > room:
-            dropped = text[encoding.offsets[room][0] :]
+        return self.windows([(prompt, 1.0)])[0].ids
+
+    def windows(self, fragments: Fragments, *, long: bool = False) -> list[Window]:
+        """The text of all fragments as windows of the model's length: one, or with `long` as many as it takes."""
+        room = self.length - 2
+        ids: list[int] = []
+        weights: list[float] = []
+        dropped = ""
+        for fragment, weight in fragments:
+            text = _well_formed(fragment)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            free = room - len(ids)
+            if len(encoding.ids) > max(free, 0):
+                dropped += text[encoding.offsets[max(free, 0)][0] :]
+            ids += encoding.ids
+            weights += [weight] * len(encoding.ids)
+        if dropped and not long:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens and the model reads {room}; dropped: {dropped!r}",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        padded = [self._bos, *ids[:room], self._eos]
-        padded += [self._pad] * (self.length - len(padded))
-        return np.array([padded], np.int64)
+        last = len(ids) if long else min(len(ids), room)
+        starts = range(0, max(last, 1), room)
+        return [self._window(ids[i : i + room], weights[i : i + room]) for i in starts]
+
+    def _window(self, ids: list[int], weights: list[float]) -> Window:
+        padding = self.length - 2 - len(ids)
+        framed = [self._bos, *ids, self._eos, *[self._pad] * padding]
+        return Window(
+            np.array([framed], np.int64),
+            np.array([1.0, *weights, *[1.0] * (padding + 1)], np.float32),
+        )
 
     def _id(self, folder: Path, token: Any) -> int:
         content = token["content"] if isinstance(token, dict) else str(token)

@@ -80,6 +80,26 @@ def test_nan_is_passed_on(implementation, monkeypatch):
     assert np.isnan(new).tolist() == np.isnan(h).tolist() == [i == 3 for i in range(8)]
 
 
+def test_a_threshold_divides_each_sample_by_its_own_quantile(monkeypatch):
+    x, m, uncond, kept, noise = draw((3, 4, 5))
+    row = ROW._replace(threshold=(0.7, 2.0), c=0.0, a=0.0, b=(1.0,), s=0.0, guidance=4.0)
+    new, h = scheduler_step(x, m, uncond, [kept], row, noise)
+    free, _ = formula(x, m, uncond, kept, noise, row._replace(clip=np.inf, b=(1.0, 0.0)))
+    for sample, clean in zip(h, free, strict=True):
+        # linear interpolation between the two magnitudes that the quantile falls between
+        ordered = np.sort(np.abs(clean).reshape(-1))
+        below, share = divmod(0.7 * (len(ordered) - 1), 1)
+        low, high = ordered[int(below) : int(below) + 2]
+        bound = min(max(low + share * (high - low), 1.0), 2.0)
+        assert 1 < bound <= 2
+        expected = np.minimum(np.maximum(clean, -bound), bound) / bound
+        assert relative_error(sample, expected, largest_term((x, m, uncond), row)) < KERNEL_STEP
+    np.testing.assert_array_equal(new, h)
+    monkeypatch.setenv("TINTYPE_KERNELS", "native")
+    with pytest.raises(KernelUnavailable, match="row.threshold sorts"):
+        scheduler_step(x, m, uncond, [kept], row, noise)
+
+
 def test_arguments_are_checked_by_name():
     x, m, uncond, kept, noise = draw((2, 3))
     with pytest.raises(ValueError, match=r"m is float32\[3, 2\], expected float32\[2, 3\]"):

@@ -34,7 +34,7 @@ def rewrite_manifest(folder):
 def test_a_sound_bundle_opens(tiny_bundle):
     bundle = open_bundle(tiny_bundle)
     assert (bundle.name, bundle.family, bundle.precision) == ("tiny", "latent_unet", "fp32")
-    assert set(bundle.stages) == {"encode", "denoise", "decode"}
+    assert set(bundle.stages) == {"encode", "denoise", "decode", "encode_image"}
     assert WEIGHTS in bundle.files
 
 

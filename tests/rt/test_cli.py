@@ -51,6 +51,35 @@ def test_generate_writes_the_picture_with_its_settings(
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+def test_an_edit_begins_with_a_picture(tiny_bundle, tiny_pipeline, tmp_path, capsys):
+    picture = tiny_pipeline(PROMPT, width=48, height=32, seed=1).images[0]
+    shade = np.zeros((32, 48), np.uint8)
+    shade[:, :24] = 255
+    first, mask, target = (tmp_path / name for name in ("first.png", "mask.png", "out.png"))
+    picture.save(first)
+    Image.fromarray(shade).save(mask)
+    edit = ["--init", str(first), "--mask", str(mask), "--strength", "0.5", "--seed", "2"]
+    assert generate(tiny_bundle, "-o", str(target), *edit) == 0
+    settings = read_png(target)
+    assert (settings.width, settings.height, settings.strength) == (48, 32, 0.5)
+    (expected,) = tiny_pipeline(
+        PROMPT, image=picture, mask_image=Image.fromarray(shade), strength=0.5, seed=2
+    ).images
+    with Image.open(target) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+        assert "Denoising strength: 0.5" in image.text["parameters"]
+    assert capsys.readouterr().err == "step 2/2\n"
+
+
+def test_a_file_that_is_no_picture_is_named(tiny_bundle, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("not a picture")
+    for name in ("notes.txt", "absent.png"):
+        assert generate(tiny_bundle, "--init", str(tmp_path / name)) == 2
+        error = capsys.readouterr().err
+        assert f"{name} cannot be read as a picture" in error
+        assert len(error.splitlines()) == 1
+
+
 def test_a_long_prompt_warns_in_one_line(tiny_bundle, tmp_path, capsys):
     arguments = ["-m", str(tiny_bundle), "-o", str(tmp_path / "a.png")]
     assert main(["generate", "word " * 100, *arguments]) == 0
@@ -93,7 +122,7 @@ def test_json_is_one_object_and_nothing_else(tiny_bundle, tmp_path, capsys):
         (["--size", "64x64"], "size 64x64 is not in this model; it has 32x32, 48x32"),
         (["--steps", "0"], "num_inference_steps=0"),
         (["--guidance", "nan"], "guidance_scale=nan"),
-        (["--scheduler", "warp"], "choose one of ddim, euler, dpmpp_2m"),
+        (["--scheduler", "warp"], "choose one of ddpm, ddim, pndm"),
         (["--seed", "-4"], "seed=-4"),
         (["--count", "0"], "num_images_per_prompt=0"),
         (["--backend", "warp"], "backend='warp'"),

@@ -7,7 +7,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 import tintype
@@ -23,6 +30,9 @@ THEIRS = {
     "ddim": DDIMScheduler,
     "euler": EulerDiscreteScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
+    "heun": HeunDiscreteScheduler,
+    "lms": LMSDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
 }
 PROMPT = "a red lighthouse"
 
@@ -39,7 +49,7 @@ def expected_latents(folder, scheduler, guidance, steps, negative=""):
         weights["embed"][tokenizer(text)[0]].mean(0) @ weights["mix"] for text in (negative, PROMPT)
     ]
     told = [torch.from_numpy(text).reshape(1, 4, 1, 1) for text in texts]
-    theirs = THEIRS[scheduler].from_config(SCHEDULER)
+    theirs = THEIRS[scheduler].from_config({**SCHEDULER, "clip_sample": False})
     theirs.set_timesteps(steps)
     x = torch.from_numpy(initial_noise(5, (1, 4, 4, 4))) * theirs.init_noise_sigma
     for t in theirs.timesteps:
@@ -178,7 +188,7 @@ def test_guidance_must_be_finite(tiny_pipeline, bad):
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
         ({"num_inference_steps": 1001}, "1..1000"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
-        ({"scheduler": "warp"}, "ddim, euler, dpmpp_2m"),
+        ({"scheduler": "warp"}, "ddpm, ddim, pndm"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**64}, "2\\*\\*64"),
         ({"seed": 1.5}, "seed=1.5"),
@@ -188,9 +198,20 @@ def test_guidance_must_be_finite(tiny_pipeline, bad):
         ({"latents": np.zeros((1, 4, 5, 4))}, "latents has shape"),
         ({"latents": np.zeros((2, 4, 4, 4))}, "latents has shape"),
         ({"latents": np.full((1, 4, 4, 4), np.nan)}, "NaN"),
-        ({"image": object()}, "image is not supported"),
-        ({"mask_image": object()}, "mask_image is not supported"),
-        ({"strength": 0.5}, "strength is not supported"),
+        ({"image": object()}, "image is a object; expected a PIL image"),
+        ({"mask_image": object()}, "give image, too"),
+        ({"strength": 0.5}, "give image, too"),
+        ({"image": np.full((8, 8, 3), np.nan)}, "image holds NaN"),
+        ({"image": np.full((8, 8, 3), 2.0)}, "image holds values from 2 to 2"),
+        ({"image": np.zeros((8, 8, 4))}, "image has shape"),
+        ({"image": np.zeros((8, 8, 3)), "strength": 0}, "strength=0 is outside"),
+        ({"image": np.zeros((8, 8, 3)), "strength": 1.1}, "strength=1.1 is outside"),
+        ({"image": np.zeros((32, 32, 3)), "mask_image": np.zeros((8, 8))}, "mask_image is 8x8"),
+        ({"image": [np.zeros((8, 8, 3))] * 2}, "image has 2 pictures for 1 images"),
+        ({"guidance_scale": [1.0, 2.0]}, "guidance_scale has 2 entries for 4 steps"),
+        ({"guidance_scale": lambda progress: np.nan}, "guidance_scale=nan"),
+        ({"guidance_rescale": 2}, "guidance_rescale=2"),
+        ({"interpolate_from": (32, 32), "image": np.zeros((8, 8, 3))}, "takes no image"),
     ],
 )
 def test_bad_arguments_are_named(tiny_pipeline, arguments, message):
@@ -217,6 +238,7 @@ class Recorder:
 
     def __init__(self, inner, hide=None, spoil=None):
         self.name, self.stages, self.inner = "recorder", inner.stages, inner
+        self.batch_invariant = inner.batch_invariant
         self.hide, self.spoil, self.ran = hide, spoil, []
 
     def profiles(self, stage):

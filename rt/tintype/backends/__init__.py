@@ -19,6 +19,9 @@ class Backend(Protocol):
     """What a pipeline asks of whoever runs its stages; arrays are numpy, whatever happens inside."""
 
     name: str
+    batch_invariant: (
+        bool  # whether a picture must have the bytes that it has alone, wherever it is in a batch
+    )
 
     @property
     def stages(self) -> tuple[str, ...]:

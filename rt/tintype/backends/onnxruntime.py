@@ -21,15 +21,27 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeBackend:
-    """One session a (stage, profile), made once, at its first use, shared by all threads."""
+    """One session a (stage, profile), made once, at its first use, shared by all threads.
+
+    With `batch_invariant` (None: on CPU) every picture goes through the same profile by itself.
+    """
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_invariant: bool | None = None,
+    ) -> None:
         if dtype not in ("auto", bundle.precision, {"fp32": "float32"}.get(bundle.precision)):
             raise RequestError(f"dtype={dtype!r}: this bundle was exported in {bundle.precision}")
         self.bundle = bundle
         self._provider = _provider(device)
+        on_cpu = self._provider == _PROVIDERS["cpu"]
+        self.batch_invariant = on_cpu if batch_invariant is None else batch_invariant
         self._sessions: dict[tuple[str, str], Future[ort.InferenceSession]] = {}
         self._lock = threading.Lock()
 

@@ -52,6 +52,7 @@ class TorchBackend:
         self.batch_invariant = (
             self.device.type == "cpu" if batch_invariant is None else batch_invariant
         )
+        self._fitting: dict[str, int] = {}  # most rows of a stage that fitted where more did not
         self._stages: dict[tuple[str, torch.dtype], Stage] = {}
         self._components: dict[tuple[str, torch.dtype], nn.Module] = {}
         self._lock = threading.RLock()
@@ -63,6 +64,10 @@ class TorchBackend:
     def profiles(self, stage: str) -> None:
         """Every shape runs."""
 
+    def inputs(self, stage: str) -> tuple[str, ...]:
+        """The names of what a stage takes."""
+        return self._stage(stage, self.dtype).inputs
+
     def compile(self, stage: str, profile: str) -> None:
         """Load the stage's weights."""
         self._stage(stage, self.dtype)
@@ -73,12 +78,36 @@ class TorchBackend:
             _check_ids(stage, inputs["input_ids"], module.encoder.config.vocab_size)
         tensors = [torch.tensor(inputs[name]) for name in module.inputs]
         rows = len(tensors[0])
-        size = 1 if self.batch_invariant else rows
-        parts = [
-            self._run_rows(stage, [t[i : i + size] for t in tensors]) for i in range(0, rows, size)
-        ]
+        size = 1 if self.batch_invariant else min(rows, self._fitting.get(stage, rows))
+        try:
+            parts = self._run_parts(stage, tensors, size)
+        except torch.OutOfMemoryError as error:
+            size = self._halved(stage, size, error)
+            parts = self._run_parts(stage, tensors, size)
         outputs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         return dict(zip(module.outputs, outputs, strict=True))
+
+    def _run_parts(self, stage: str, tensors: list[Tensor], size: int) -> list[tuple[Tensor, ...]]:
+        rows = len(tensors[0])
+        return [
+            self._run_rows(stage, [t[i : i + size] for t in tensors]) for i in range(0, rows, size)
+        ]
+
+    def _halved(self, stage: str, size: int, error: Exception) -> int:
+        """Half as many rows at a time, from now on; an error where there is no half."""
+        if size == 1:
+            raise TintypeError(
+                f"stage {stage} does not fit into memory; ask for a smaller picture or a 16-bit dtype"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._fitting[stage] = size // 2
+        warnings.warn(
+            f"stage {stage} ran out of memory with a batch of {size} and goes on with {size // 2}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return size // 2
 
     def _run_rows(self, stage: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run rows together; those that overflow 16 bits run again in float32."""

@@ -76,7 +76,7 @@ def check_pickle(path: Path, allow_pickle: bool) -> None:
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a safetensors file; a truncated file is an error."""
-    header, data_bytes = _read_header(path)
+    header, data_bytes = read_header(path)
     try:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         needed = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
@@ -88,8 +88,8 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_header(path: Path) -> tuple[Mapping[str, Any], int]:
-    """The header and the number of bytes that follow it."""
+def read_header(path: Path) -> tuple[Mapping[str, Any], int]:
+    """The header of a safetensors file, `__metadata__` included, and the number of bytes that follow it."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import sys
-import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tintype.errors import RequestError
+from tintype.commands.output import Progress, require_writable, write_whole
 
 if TYPE_CHECKING:
     from tintype.pipeline import Output, Pipeline
@@ -43,13 +41,18 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures to make")
     parser.add_argument("--scheduler", help="see `tintype schedulers`")
     parser.add_argument("--backend", default="auto", help="see `tintype inspect`")
+    parser.add_argument("--init", type=Path, metavar="IMAGE", help="a picture to begin from")
+    parser.add_argument(
+        "--mask", type=Path, metavar="IMAGE", help="where to paint it anew: white on black"
+    )
+    parser.add_argument("--strength", type=float, help="how far to change it, above 0 and up to 1")
     add_common(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Make the pictures and write them; the place to write to is tried before the work starts."""
-    _require_writable(options.output)
+    require_writable(options.output)
     import tintype
 
     begin = time.perf_counter()
@@ -64,7 +67,9 @@ def run(options: argparse.Namespace) -> None:
         "scheduler": options.scheduler,
     }
     settings = pipeline.settings(**asked)
-    output = _generate(pipeline, options, asked)
+    output = _generate(pipeline, options, asked | _edit(options))
+    width, height = output.images[0].size  # an edit takes its picture's
+    settings |= {"width": width, "height": height}
     begin = time.perf_counter()
     paths = _save(options, pipeline.name, settings, output)
     timings = {"load": loaded, **output.timings, "save": time.perf_counter() - begin}
@@ -75,6 +80,15 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps({**report, "timings": timings}))
     else:
         print("\n".join(f"{path} (seed {seed})" for path, seed in made))
+
+
+def _edit(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of an edit that were given, with their pictures read."""
+    from tintype.images import read
+
+    given = {"image": options.init, "mask_image": options.mask}
+    pictures = {name: read(path) for name, path in given.items() if path is not None}
+    return pictures if options.strength is None else {**pictures, "strength": options.strength}
 
 
 def _generate(pipeline: Pipeline, options: argparse.Namespace, asked: dict[str, Any]) -> Output:
@@ -92,30 +106,6 @@ def _generate(pipeline: Pipeline, options: argparse.Namespace, asked: dict[str, 
         progress.close()
 
 
-class Progress:
-    """A bar on a terminal, a plain line now and then elsewhere; always on stderr."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._drawn = False
-        self._last = time.monotonic()
-
-    def __call__(self, step: int, total: int, latents: Any) -> None:
-        done = step + 1
-        if self._terminal:
-            self._drawn = True
-            bar = "#" * (30 * done // total)
-            print(f"\r[{bar:30}] step {done}/{total}", end="", file=sys.stderr, flush=True)
-        elif done == total or time.monotonic() - self._last > 5:
-            self._last = time.monotonic()
-            print(f"step {done}/{total}", file=sys.stderr)
-
-    def close(self) -> None:
-        """End the bar's line."""
-        if self._drawn:
-            print(file=sys.stderr)
-
-
 def _size(text: str) -> tuple[int, int]:
     found = _SIZE.fullmatch(text)
     if not found:
@@ -127,7 +117,7 @@ def _save(
     options: argparse.Namespace, model: str, settings: dict[str, Any], output: Output
 ) -> list[Path]:
     from tintype import __version__
-    from tintype.png import Settings
+    from tintype.png import Settings, write_png
 
     common = Settings(
         prompt=options.prompt,
@@ -135,11 +125,12 @@ def _save(
         seed=0,
         model=model,
         version=__version__,
+        strength=options.strength,
         **settings,
     )
     paths = _paths(options.output, output.seeds)
     for path, seed, image in zip(paths, output.seeds, output.images, strict=True):
-        _write_whole(path, image, replace(common, seed=seed))
+        write_whole(path, partial(write_png, image, settings=replace(common, seed=seed)))
     return paths
 
 
@@ -150,39 +141,3 @@ def _paths(output: Path | None, seeds: list[int]) -> list[Path]:
     if len(seeds) == 1:
         return [output]
     return [output.with_stem(f"{output.stem}-{number + 1}") for number in range(len(seeds))]
-
-
-def _require_writable(output: Path | None) -> None:
-    folder = (output or Path("x")).parent
-    if output is not None and output.is_dir():
-        raise RequestError(f"{output} is a folder; name a PNG file with -o")
-    if not folder.is_dir():
-        raise RequestError(f"cannot write to {folder}: no such folder")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RequestError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _write_whole(path: Path, image: Any, settings: Any) -> None:
-    """Write beside the target and rename, so that a killed run leaves no half picture."""
-    from tintype.png import write_png
-
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            write_png(image, stream, settings)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

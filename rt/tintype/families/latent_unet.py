@@ -2,7 +2,8 @@
 
 Stage faces: `encode` input_ids int64 [1, 77] -> encoder_hidden_states [1, 77, d]; `encode_2` likewise with
 text_embeds [1, p]; `denoise` sample [b, c, h, w], timestep [b], encoder_hidden_states [b, 77, d] (and text_embeds,
-time_ids) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] -> image [1, h*f, w*f, 3] in 0..1.
+time_ids) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] -> image [1, h*f, w*f, 3] in 0..1;
+`encode_image` the other way round.
 """
 
 from __future__ import annotations
@@ -10,37 +11,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tintype.backends import Backend
-from tintype.errors import ProfileError, RequestError, TintypeError
-from tintype.noise import initial_noise, step_noise
+from tintype.errors import ProfileError, RequestError
+from tintype.families.conditioning import Conditioning, Reading, TextSide
+from tintype.families.denoiser import Denoiser, Texts, picture_profiles
+from tintype.families.editing import Edit, mask_latents, masked
+from tintype.guidance import Guidance, scales
+from tintype.images import resize_latents
+from tintype.noise import initial_noise
 from tintype.profiles import Profile
 from tintype.request import ImageRequest
-from tintype.schedulers import make_table
+from tintype.sampling import StepNoise, require_finite, walk
+from tintype.schedulers import Table, make_table
 from tintype.tokenizer import ClipTokenizer
-from tintype_kernels import scheduler_step
 
 Floats = NDArray[np.float32]
 Timings = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the denoiser is told about a prompt: hidden states [1, 77, d] and, for XL, pooled [1, p]."""
-
-    hidden: Floats
-    pooled: Floats | None = None
-
-    def zeros(self) -> Conditioning:
-        """The blank that XL was trained with in place of a negative prompt."""
-        return Conditioning(
-            np.zeros_like(self.hidden), None if self.pooled is None else np.zeros_like(self.pooled)
-        )
+OnStep = Callable[[Floats], None]
+_MOST_IMAGES = 8  # that are walked together where nothing else sets a limit
 
 
 @dataclass(frozen=True)
@@ -54,75 +48,105 @@ class LatentUNet:
     _empty: dict[str, Conditioning] = field(default_factory=dict, repr=False)
 
     @property
+    def text(self) -> TextSide:
+        """The prompt encoders."""
+        return TextSide(self.backend, self.tokenizers, self._empty)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The UNet."""
+        return Denoiser(self.backend)
+
+    @property
     def factor(self) -> int:
         """Pixels a latent."""
         return int(self.defaults.get("latent_factor", 8))
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """[1, c, h/f, w/f] of one picture."""
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser is shown a mask and a masked picture besides the latents."""
         channels = int(self.defaults.get("latent_channels", 4))
-        return 1, channels, height // self.factor, width // self.factor
+        return int(self.defaults.get("denoiser_channels", channels)) == 2 * channels + 1
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """[c, h/f, w/f] of one picture."""
+        channels = int(self.defaults.get("latent_channels", 4))
+        return channels, height // self.factor, width // self.factor
 
     def check(self, request: ImageRequest) -> None:
         """Refuse what cannot be run, and begin to make ready what will be."""
-        expected = self.latent_shape(request.width, request.height)
-        if self.defaults.get("denoiser_channels", expected[1]) != expected[1]:
-            raise RequestError(
-                "this model inpaints: it needs image and mask_image, which are not supported yet"
-            )
-        self._check_size(request.width, request.height)
-        if request.latents is not None and request.latents.shape != expected:
+        self._check_edit(request)
+        for each in _passes(request):
+            self._check_size(each.width, each.height)
+            guidance = self._guidance(each, self._table(each))
+            for stage in self.text.stages:
+                self.backend.compile(stage, self.text.profile(stage))
+            for profile in self.denoiser.profiles(each, 2 if guidance.applies else 1):
+                self.backend.compile("denoise", profile.name)
+        expected = self.latent_shape(*_first_size(request))
+        if request.latents is not None and request.latents.shape[1:] != expected:
             given = list(request.latents.shape[1:])
-            raise RequestError(
-                f"latents has shape [n, {given}], expected [n, {list(expected[1:])}]"
-            )
-        make_table(request.scheduler, self.scheduler_config, request.steps)
-        for stage in self._encoders():
-            self.backend.compile(stage, self._encoder_profile(stage))
-        self.backend.compile("denoise", self._denoise_profile(request).name)
-        self.backend.compile("decode", Profile(request.width, request.height, 1).name)
+            raise RequestError(f"latents has shape [n, {given}], expected [n, {list(expected)}]")
+        name = Profile(request.width, request.height, 1).name
+        if request.image is not None:
+            self.backend.compile("encode_image", name)
+        self.backend.compile("decode", name)
+
+    def evaluations(self, request: ImageRequest) -> int:
+        """How often the denoiser is asked for one picture."""
+        return sum(len(self._table(each)) for each in _passes(request))
+
+    def together(self, request: ImageRequest) -> int:
+        """How many pictures are walked at once; one where each must have the bytes that it has alone."""
+        if self.backend.batch_invariant or request.long_prompts:
+            return 1
+        batches = self.denoiser.batches(request)
+        if batches is None:
+            return _MOST_IMAGES
+        guided = self._guidance(request, self._table(request)).applies
+        return max(1, max(batches) // (2 if guided else 1))
 
     def conditionings(
         self, request: ImageRequest, known: dict[str, Conditioning], timings: Timings
-    ) -> tuple[Conditioning | None, Conditioning]:
+    ) -> Texts:
         """(unconditional or None, conditional) of a request; `known` is this call's own cache."""
+        reading = Reading(request.prompt_weighting, request.long_prompts)
         with timed(timings, "encode"):
-            conditional = self._encode(request.prompt, known)
-            if request.guidance <= 1:
+            conditional = self.text.encode(request.prompt, known, reading)
+            if not any(
+                self._guidance(each, self._table(each)).applies for each in _passes(request)
+            ):
                 return None, conditional
             if request.negative_prompt is None and self.defaults.get(
                 "force_zeros_for_empty_prompt"
             ):
                 return conditional.zeros(), conditional
-            return self._encode(request.negative_prompt or "", known), conditional
+            negative = self.text.encode(request.negative_prompt or "", known, reading)
+            unconditional, conditional = self.text.same_length([negative, conditional])
+            return unconditional, conditional
 
     def denoise(
         self,
-        request: ImageRequest,
-        unconditional: Conditioning | None,
-        conditional: Conditioning,
-        on_step: Callable[[int, Floats], None],
+        requests: Sequence[ImageRequest],
+        texts: Sequence[Texts],
+        pictures: dict[int, Floats],
+        on_step: OnStep,
         timings: Timings,
     ) -> Floats:
-        """Run the scheduler's table from the seed's noise to clean latents [1, c, h/f, w/f]."""
+        """Run the scheduler's table from each seed's noise to clean latents [n, c, h/f, w/f].
+
+        The requests differ in prompt, seed, noise and picture alone. `pictures` is the call's own cache of latents,
+        by the identity of the picture that they were encoded from.
+        """
+        edit = self._edit(requests, pictures, timings)
         with timed(timings, "denoise"):
-            table = make_table(request.scheduler, self.scheduler_config, request.steps)
-            predict = self._predictor(request, unconditional, conditional)
-            shape = self.latent_shape(request.width, request.height)
-            start = (
-                initial_noise(request.seed, shape) if request.latents is None else request.latents
-            )
-            x: Floats = np.float32(table.init_scale) * start
-            history: list[Floats] = []
-            for step in range(len(table)):
-                row = table.row(step, request.guidance)
-                m, m_uncond = predict(np.float32(table.c_in[step]) * x, table.timesteps[step])
-                noise = step_noise(request.seed, step, shape) if row.s else None
-                x, h = scheduler_step(x, m, m_uncond, history, row, noise)
-                require_finite("denoise", x, f" at step {step + 1} of {len(table)}")
-                history = [h, *history][: table.history]
-                on_step(step, x)
-            return x
+            if requests[0].interpolate_from is None:
+                return self._walk(requests, texts, edit, on_step)
+            small, large = zip(*(_passes(request) for request in requests), strict=True)
+            first = self._walk(small, texts, edit, on_step)
+            _, height, width = self.latent_shape(large[0].width, large[0].height)
+            begun = Edit(clean=resize_latents(first, width, height), from_noise=False)
+            return self._walk(large, texts, begun, on_step, offset=len(self._table(small[0])))
 
     def decode(self, request: ImageRequest, latents: Floats, timings: Timings) -> Floats:
         """Latents -> image float32 [1, h, w, 3] in 0..1."""
@@ -134,7 +158,7 @@ class LatentUNet:
 
     def sizes(self) -> list[str] | None:
         """The picture sizes that every stage has, or None where any multiple of the factor runs."""
-        sets = [self._stage_profiles(stage) for stage in ("denoise", "decode")]
+        sets = [picture_profiles(self.backend, stage) for stage in ("denoise", "decode")]
         found = [
             {(p.width, p.height) for p in profiles} for profiles in sets if profiles is not None
         ]
@@ -142,100 +166,139 @@ class LatentUNet:
             return None
         return [f"{width}x{height}" for width, height in sorted(set.intersection(*found))]
 
-    def _check_size(self, width: int, height: int) -> None:
+    def runs(self, width: int, height: int) -> bool:
+        """Whether pictures of this size can be made."""
         sizes = self.sizes()
-        if sizes is None and (width % self.factor or height % self.factor):
+        if sizes is None:
+            return not (width % self.factor or height % self.factor)
+        return f"{width}x{height}" in sizes
+
+    def _check_size(self, width: int, height: int) -> None:
+        if self.runs(width, height):
+            return
+        sizes = self.sizes()
+        if sizes is None:
             raise ProfileError(
                 f"size {width}x{height}: width and height must be multiples of {self.factor}"
             )
-        if sizes is not None and f"{width}x{height}" not in sizes:
+        raise ProfileError(f"size {width}x{height} is not in this model; it has {', '.join(sizes)}")
+
+    def _check_edit(self, request: ImageRequest) -> None:
+        if self.inpaints and request.mask is None:
+            raise RequestError("this model inpaints: it needs image and mask_image")
+        channels, _, _ = self.latent_shape(0, 0)
+        asked = int(self.defaults.get("denoiser_channels", channels))
+        if asked != channels and not self.inpaints:
+            raise RequestError(
+                f"this model's denoiser takes {asked} channels; {channels} and {2 * channels + 1} are supported"
+            )
+        if request.image is None:
+            return
+        if "encode_image" not in self.backend.stages:
+            raise RequestError(
+                "image needs the stage encode_image, which this bundle lacks; export it again with a newer tintype, "
+                "or load the checkpoint on torch"
+            )
+        profiles = picture_profiles(self.backend, "encode_image")
+        wanted = Profile(request.width, request.height, 1)
+        if profiles is not None and wanted not in profiles:
             raise ProfileError(
-                f"size {width}x{height} is not in this model; it has {', '.join(sizes)}"
+                f"encode_image has no profile {wanted.name}; it has {', '.join(p.name for p in profiles)}"
             )
 
-    def _stage_profiles(self, stage: str) -> list[Profile] | None:
-        names = self.backend.profiles(stage)
-        if names is None:
-            return None
-        return [profile for name in names if (profile := Profile.parse(name))]
-
-    def _denoise_profile(self, request: ImageRequest) -> Profile:
-        """Two rows where guidance applies; one where it does not, unless the bundle has only two."""
-        rows = 2 if request.guidance > 1 else 1
-        wanted = Profile(request.width, request.height, rows)
-        profiles = self._stage_profiles("denoise")
-        if profiles is None or wanted in profiles:
-            return wanted
-        double = Profile(request.width, request.height, 2)
-        if rows == 1 and double in profiles:
-            return double
-        raise ProfileError(
-            f"the denoiser has no profile {wanted.name}; it has {', '.join(p.name for p in profiles)}"
-        )
-
-    def _predictor(
-        self, request: ImageRequest, unconditional: Conditioning | None, conditional: Conditioning
-    ) -> Callable[[Floats, float], tuple[Floats, Floats | None]]:
-        """A function (x, timestep) -> (conditional, unconditional) outputs of the denoiser, each [1, c, h, w]."""
-        profile = self._denoise_profile(request)
-        rows = [unconditional or conditional, conditional][-profile.batch :]
-        inputs: dict[str, NDArray[Any]] = {
-            "encoder_hidden_states": np.concatenate([row.hidden for row in rows])
-        }
-        pooled = [row.pooled for row in rows if row.pooled is not None]
-        if pooled:
-            inputs["text_embeds"] = np.concatenate(pooled)
-            inputs["time_ids"] = np.repeat(
-                _time_ids(request.width, request.height), len(rows), axis=0
+    def _table(self, request: ImageRequest) -> Table:
+        if request.start >= request.steps:
+            raise RequestError(
+                f"strength={request.strength} of num_inference_steps={request.steps} leaves no step to run"
             )
+        # Clipping to -1..1 is for pixels; latents go further, and their configs need not say so.
+        config = {"clip_sample": False, **self.scheduler_config}
+        return make_table(request.scheduler, config, request.steps, start=request.start)
 
-        def predict(x: Floats, timestep: float) -> tuple[Floats, Floats | None]:
-            sample = np.repeat(x, len(rows), axis=0)
-            told = np.full(len(rows), timestep, np.float32)
-            request_inputs = {"sample": sample, "timestep": told, **inputs}
-            output = self.backend.run("denoise", profile.name, request_inputs)["model_output"]
-            return output[-1:], None if unconditional is None else output[:1]
+    def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
+        begin = request.start / request.steps
+        return Guidance(scales(request.guidance, len(table), begin), request.guidance_rescale)
 
-        return predict
+    def _edit(
+        self, requests: Sequence[ImageRequest], known: dict[int, Floats], timings: Timings
+    ) -> Edit:
+        """Encode the pictures, each distinct one once."""
+        images = [request.image for request in requests if request.image is not None]
+        masks = [request.mask for request in requests if request.mask is not None]
+        if not images:
+            return Edit()
+        first = requests[0]
+        with timed(timings, "encode_image"):
+            clean = np.concatenate([self.encode_image(first, each, known) for each in images])
+            if not masks:
+                return Edit(clean, from_noise=False)
+            mask = np.concatenate([mask_latents(each, self.factor) for each in masks])
+            if not self.inpaints:
+                return Edit(clean, mask, from_noise=first.start == 0)
+            hidden = [masked(*pair) for pair in zip(images, masks, strict=True)]
+            encoded = np.concatenate([self.encode_image(first, each, {}) for each in hidden])
+            shown = np.concatenate([mask, encoded], axis=1)
+            return Edit(clean, shown=shown, from_noise=first.start == 0)
 
-    def _encoders(self) -> list[str]:
-        return [stage for stage in ("encode", "encode_2") if stage in self.backend.stages]
+    def encode_image(
+        self, request: ImageRequest, image: Floats, known: dict[int, Floats]
+    ) -> Floats:
+        """A picture [1, h, w, 3] -> its latents, from `known` by its identity where they are there."""
+        if id(image) not in known:
+            profile = Profile(request.width, request.height, 1).name
+            latents = self.backend.run("encode_image", profile, {"image": image})["latents"]
+            require_finite("encode_image", latents)
+            known[id(image)] = latents
+        return known[id(image)]
 
-    def _encoder_profile(self, stage: str) -> str:
-        profiles = self.backend.profiles(stage)
-        return profiles[0] if profiles else "b1"
-
-    def _encode(self, prompt: str, known: dict[str, Conditioning]) -> Conditioning:
-        if prompt == "" and "" in self._empty:
-            return self._empty[""]
-        if prompt not in known:
-            known[prompt] = self._run_encoders(prompt)
-        if prompt == "":
-            self._empty[""] = known[""]
-        return known[prompt]
-
-    def _run_encoders(self, prompt: str) -> Conditioning:
-        hidden, pooled = [], None
-        for stage, tokenizer in zip(self._encoders(), self.tokenizers, strict=True):
-            inputs = {"input_ids": tokenizer(prompt)}
-            outputs = self.backend.run(stage, self._encoder_profile(stage), inputs)
-            require_finite(stage, outputs["encoder_hidden_states"])
-            hidden.append(outputs["encoder_hidden_states"])
-            pooled = outputs.get("text_embeds", pooled)
-        return Conditioning(np.concatenate(hidden, axis=-1), pooled)
-
-
-def _time_ids(width: int, height: int) -> Floats:
-    """XL's size conditioning [1, 6]: original size, crop corner, target size, each (height, width)."""
-    return np.array([[height, width, 0, 0, height, width]], np.float32)
-
-
-def require_finite(stage: str, array: Floats, where: str = "") -> None:
-    """Fail where a stage gave NaN or infinity: a black picture is never returned in silence."""
-    if not np.isfinite(array).all():
-        raise TintypeError(
-            f"stage {stage} gave NaN or infinity{where}; the weights are damaged, or the guidance too strong"
+    def _walk(
+        self,
+        requests: Sequence[ImageRequest],
+        texts: Sequence[Texts],
+        edit: Edit,
+        on_step: OnStep,
+        offset: int = 0,
+    ) -> Floats:
+        """One pass over the table; an `offset` says that it is the second, which draws other noise."""
+        first = requests[0]
+        table = self._table(first)
+        shape = self.latent_shape(first.width, first.height)
+        seeds = [request.seed for request in requests]
+        unit = np.stack(
+            [
+                initial_noise(request.seed, shape, renewed=offset > 0)
+                if request.latents is None
+                else request.latents[0]
+                for request in requests
+            ]
         )
+
+        def after(step: int, x: Floats) -> Floats:
+            x = edit.blended(table, step, x, unit)
+            on_step(x)
+            return x
+
+        return walk(
+            table,
+            edit.begin(table, unit),
+            StepNoise(table, seeds, shape, offset),
+            self.denoiser.predictor(first, texts, edit.shown),
+            self._guidance(first, table),
+            after,
+        )
+
+
+def _passes(request: ImageRequest) -> list[ImageRequest]:
+    """The request itself, or what is made first at a smaller size and then finished at the one asked for."""
+    if request.interpolate_from is None:
+        return [request]
+    width, height = request.interpolate_from
+    small = replace(request, width=width, height=height, strength=1.0, interpolate_from=None)
+    return [small, replace(request, latents=None, interpolate_from=None)]
+
+
+def _first_size(request: ImageRequest) -> tuple[int, int]:
+    return request.interpolate_from or (request.width, request.height)
 
 
 @contextmanager

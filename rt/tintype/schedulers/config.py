@@ -11,95 +11,155 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.errors import CheckpointError, RequestError
+from tintype.schedulers.betas import BETAS, alphas_cumprod
 
 # Fields that change the result where they hold another value than these; Tintype supports only these.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++",),
-    "euler_at_final": (False,),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     "final_sigmas_type": ("zero",),
-    "flow_shift": (1.0,),
     "interpolation_type": ("linear",),
+    "invert_sigmas": (False, None),
     "lambda_min_clipped": (-math.inf, None),
-    "rescale_betas_zero_snr": (False,),
-    "sigma_max": (None,),
-    "sigma_min": (None,),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
-    "thresholding": (False,),
+    "predict_x0": (True,),
+    "solver_p": (None,),
     "timestep_type": ("discrete",),
     "trained_betas": (None,),
-    "use_beta_sigmas": (False, None),
-    "use_dynamic_shifting": (False,),
-    "use_exponential_sigmas": (False, None),
-    "use_flow_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
-    "variance_type": (None, "fixed_small"),
 }
-# Fields without a say in the methods that exist here, or only together with one of the above.
-_INERT = {
-    "dynamic_thresholding_ratio",
-    "lower_order_final",
-    "sample_max_value",
-    "skip_prk_steps",
-    "time_shift_type",
+# Fields without a say here: the last sigma is zero, so that every last step is of first order.
+_INERT = {"euler_at_final", "noise_sampler_seed"}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": tuple(BETAS),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "sigma_schedule": ("karras", "exponential"),
+    "solver_order": (None, 1, 2, 3),
+    "solver_type": (None, "midpoint", "heun", "logrho", "bh1", "bh2"),
+    "time_shift_type": ("exponential", "linear"),
+    "timestep_spacing": (None, "leading", "trailing", "linspace"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
 }
-_SPACINGS = ("leading", "trailing", "linspace")
-_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The supported fields, under diffusers' names; `timestep_spacing` None means the method's own default."""
+    """The supported fields, under diffusers' names; None means the method's own default."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+    rescale_betas_zero_snr: bool = False
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
-    clip_sample: bool = True
+    set_alpha_to_one: bool | None = None
+    # what happens to x0
+    clip_sample: bool | None = None
     clip_sample_range: float = 1.0
-    use_karras_sigmas: bool = False
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    # where the noise levels lie
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    # DDPM's noise; the order and form of multistep solvers; PNDM's beginning; LCM's distillation
+    variance_type: str | None = None
+    solver_order: int | None = None
+    solver_type: str | None = None
+    lower_order_final: bool = True
+    disable_corrector: tuple[int, ...] = ()
+    skip_prk_steps: bool = False
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+    # EDM's preconditioning
+    sigma_data: float = 0.5
+    sigma_schedule: str = "karras"
+    rho: float = 7.0
+    # rectified flow; FlowMatch classes call flow_shift "shift"
+    use_flow_sigmas: bool = False
+    flow_shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float | None = None
+    stochastic_sampling: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ScheduleConfig:
         """Read the fields of diffusers' `scheduler_config.json`; one that cannot be honoured is an error."""
+        given = {name: value for name, value in config.items() if not name.startswith("_")}
+        if "shift" in given:
+            given["flow_shift"] = given.pop("shift")
+        if str(config.get("_class_name")).startswith("FlowMatch"):
+            given |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         known = {field.name for field in fields(cls)}
-        for name, value in config.items():
+        for name, value in given.items():
             _refuse_unsupported(name, value, known)
-        made = cls(**{name: value for name, value in config.items() if name in known})
-        _check_choice("timestep_spacing", made.timestep_spacing, (None, *_SPACINGS))
-        _check_choice("prediction_type", made.prediction_type, _PREDICTIONS)
-        _check_choice("beta_schedule", made.beta_schedule, tuple(_BETAS))
+        taken = {name: value for name, value in given.items() if name in known}
+        if "disable_corrector" in taken:
+            taken["disable_corrector"] = tuple(taken["disable_corrector"])
+        made = cls(**taken)
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(made, name), choices)
+        if sum(bool(getattr(made, name)) for name in _SIGMAS) > 1:
+            raise CheckpointError(f"scheduler config: more than one of {', '.join(_SIGMAS)} is set")
         return made
 
-    def alphas_cumprod(self) -> NDArray[np.float64]:
-        """The signal's share of the variance at each training step, [num_train_timesteps].
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model was trained on straight paths, x = (1 - t)*x0 + t*noise."""
+        return self.use_flow_sigmas or self.prediction_type == "flow_prediction"
 
-        Trainers hold it in float32, so it is rounded as they round it and only then widened: near the first step
-        1 - alpha has few bits left, and the model was trained on what remained.
-        """
-        betas = _BETAS[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
-        alphas = (np.float32(1) - betas).astype(np.float64)
-        return np.cumprod(alphas).astype(np.float32).astype(np.float64)
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """The signal's share of the variance at each training step, [num_train_timesteps]."""
+        return alphas_cumprod(
+            self.beta_schedule,
+            self.beta_start,
+            self.beta_end,
+            self.num_train_timesteps,
+            zero_terminal_snr=self.rescale_betas_zero_snr,
+        )
 
     def spacing(self, default: str) -> str:
         """The timestep spacing, or the method's default where the checkpoint leaves it open."""
         return self.timestep_spacing or default
 
+    def threshold(self) -> tuple[float, float] | None:
+        """(quantile, largest) of dynamic thresholding, or None."""
+        pair = (self.dynamic_thresholding_ratio, self.sample_max_value)
+        return pair if self.thresholding else None
 
-def check_steps(steps: int, limit: int) -> None:
-    """Refuse a step count outside 1 .. limit."""
-    if not 1 <= steps <= limit:
-        raise RequestError(
-            f"num_inference_steps={steps} is outside 1..{limit}, which this scheduler can place"
-        )
+    def clip(self, *, default: bool) -> float | None:
+        """The bound that x0 is clipped to, or None; thresholding takes its place."""
+        wanted = default if self.clip_sample is None else self.clip_sample
+        return self.clip_sample_range if wanted and not self.thresholding else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which part of how many steps to run; `tokens` is the picture's length to a transformer, for its time shift."""
+
+    steps: int
+    start: int = 0
+    tokens: int | None = None
+
+    def check(self, limit: int) -> None:
+        """Refuse a step count outside 1 .. limit."""
+        if not 1 <= self.steps <= limit:
+            raise RequestError(
+                f"num_inference_steps={self.steps} is outside 1..{limit}, which this scheduler can place"
+            )
 
 
 def _refuse_unsupported(name: str, value: Any, known: set[str]) -> None:
-    if name in known or name in _INERT or name.startswith("_"):
+    if name in known or name in _INERT:
         return
     if name not in _ONLY:
         raise CheckpointError(f"scheduler config: unknown field {name!r} (value {value!r})")
@@ -116,37 +176,3 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise CheckpointError(
             f"scheduler config: {name}={value!r} is not supported; supported: {named}"
         )
-
-
-def _linspace32(start: float, end: float, count: int) -> NDArray[np.float32]:
-    """float32 points evaluated from the nearer end with one rounding each, as torch.linspace does."""
-    if count == 1:
-        return np.array([start], np.float32)
-    first, last = np.float32(start), np.float32(end)
-    step = np.float64(np.float32((last - first) / np.float32(count - 1)))
-    index = np.arange(count)
-    from_end = np.float64(last) - step * (count - 1 - index)
-    points = np.where(index < count // 2, np.float64(first) + step * index, from_end)
-    rounded: NDArray[np.float32] = points.astype(np.float32)
-    return rounded
-
-
-def _linear(start: float, end: float, count: int) -> NDArray[np.float32]:
-    return _linspace32(start, end, count)
-
-
-def _scaled_linear(start: float, end: float, count: int) -> NDArray[np.float32]:
-    """Evenly spaced roots: the schedule of latent diffusion (Rombach et al., CVPR 2022)."""
-    roots = _linspace32(math.sqrt(start), math.sqrt(end), count)
-    squares: NDArray[np.float32] = roots * roots
-    return squares
-
-
-def _squaredcos(start: float, end: float, count: int) -> NDArray[np.float32]:
-    """The cosine schedule (Nichol and Dhariwal, ICML 2021); it has no use for start and end."""
-    alpha_bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-    betas = [min(1 - alpha_bar[i + 1] / alpha_bar[i], 0.999) for i in range(count)]
-    return np.array(betas, np.float32)
-
-
-_BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2": _squaredcos}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tintype.schedulers.config import ScheduleConfig, check_steps
+from tintype.schedulers.config import Plan, ScheduleConfig
+from tintype.schedulers.grids import training_steps
 from tintype.schedulers.predict import clean_weights, noise_weights
-from tintype.schedulers.table import Table
+from tintype.schedulers.table import Float64, Table
 
 
-def ddim(config: ScheduleConfig, steps: int) -> Table:
+def ddim(config: ScheduleConfig, plan: Plan) -> Table:
     """x0 is kept and clipped; the direction back to the noise uses the unclipped prediction."""
-    check_steps(steps, config.num_train_timesteps)
-    times = _timesteps(config, steps)
+    times = training_steps(config, plan.steps, "leading")[plan.start :]
     alphas = config.alphas_cumprod()
-    final = 1.0 if config.set_alpha_to_one else alphas[0]
-    previous = times - config.num_train_timesteps // steps
+    final = final_alpha(config, alphas, default=True)
+    previous = times - config.num_train_timesteps // plan.steps
     now = alphas[times]
     then = np.where(previous >= 0, alphas[np.maximum(previous, 0)], final)
 
@@ -24,30 +23,24 @@ def ddim(config: ScheduleConfig, steps: int) -> Table:
     u_x, u_m = clean_weights(config.prediction_type, alpha, sigma)
     n_x, n_m = noise_weights(config.prediction_type, alpha, sigma)
     direction = np.sqrt(1 - then)
+    every = np.append(now, then[-1])
     return Table(
         name="ddim",
         timesteps=times.astype(np.float64),
-        c_in=np.ones(steps),
+        c_in=np.ones(len(times)),
         u_x=u_x,
         u_m=u_m,
         a=direction * n_x,
         c=direction * n_m,
         b=np.sqrt(then)[:, None],
-        s=np.zeros(steps),
-        clip=config.clip_sample_range if config.clip_sample else None,
+        signal=np.sqrt(every),
+        noise=np.sqrt(1 - every),
+        clip=config.clip(default=True),
+        threshold=config.threshold(),
     )
 
 
-def _timesteps(config: ScheduleConfig, steps: int) -> NDArray[np.int64]:
-    """Falling training steps (Lin et al., "Common diffusion noise schedules ... are flawed", table 2)."""
-    total = config.num_train_timesteps
-    spacing = config.spacing("leading")
-    if spacing == "linspace":
-        times = np.linspace(0, total - 1, steps).round()[::-1]
-    elif spacing == "leading":
-        times = np.arange(steps)[::-1] * (total // steps) + config.steps_offset
-    else:
-        times = np.round(total - np.arange(steps) * (total / steps)) - 1
-    # An offset may point past the last training step; it has no noise level there.
-    inside: NDArray[np.int64] = np.minimum(times, total - 1).astype(np.int64)
-    return inside
+def final_alpha(config: ScheduleConfig, alphas: Float64, *, default: bool) -> float:
+    """The signal's share after the last step: all, or what training step zero had."""
+    whole = default if config.set_alpha_to_one is None else config.set_alpha_to_one
+    return 1.0 if whole else float(alphas[0])

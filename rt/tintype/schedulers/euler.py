@@ -1,50 +1,69 @@
-"""Euler's method on the probability-flow ODE (Karras et al., NeurIPS 2022, algorithm 1)."""
+"""Euler's method on the probability-flow ODE (Karras et al., NeurIPS 2022, algorithm 1), and with fresh noise."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from tintype.schedulers.config import ScheduleConfig, check_steps
-from tintype.schedulers.predict import noise_weights
-from tintype.schedulers.sigmas import Float64, alpha_sigma, karras, timestep_of, training_sigmas
+from tintype.schedulers.config import Plan, ScheduleConfig
+from tintype.schedulers.grids import Grid, ratio_grid
+from tintype.schedulers.predict import Weights, noise_weights
+from tintype.schedulers.sigmas import Float64, alpha_sigma
 from tintype.schedulers.table import Table
 
 
-def euler(config: ScheduleConfig, steps: int) -> Table:
+def euler(config: ScheduleConfig, plan: Plan) -> Table:
     """x holds signal + sigma*noise, so its derivative by sigma is the predicted noise, which is what h keeps."""
-    check_steps(steps, config.num_train_timesteps)
-    training = training_sigmas(config)
-    times = _timesteps(config, steps)
-    sigmas = np.interp(times, np.arange(len(training)), training)
-    if config.use_karras_sigmas:
-        sigmas = karras(sigmas[0], sigmas[-1], steps)
-        times = timestep_of(sigmas, training)
-
-    alpha, sigma = alpha_sigma(sigmas)
-    n_x, n_m = noise_weights(config.prediction_type, alpha, sigma)
-    deltas = np.append(sigmas[1:], 0.0) - sigmas
-    largest = float(sigmas.max())
-    from_pure_noise = config.spacing("linspace") in ("linspace", "trailing")
+    grid = ratio_grid(config, plan)
+    u_x, u_m = derivative_weights(config, grid.sigma[:-1])
     return Table(
         name="euler",
-        timesteps=times,
-        c_in=alpha,
-        u_x=n_x * alpha,
-        u_m=n_m,
-        a=np.ones(steps),
-        c=np.zeros(steps),
-        b=deltas[:, None],
-        s=np.zeros(steps),
-        init_scale=largest if from_pure_noise else float(np.hypot(largest, 1.0)),
+        timesteps=grid.times,
+        c_in=alpha_sigma(grid.sigma[:-1])[0],
+        u_x=u_x,
+        u_m=u_m,
+        a=np.ones(len(u_x)),
+        b=np.diff(grid.sigma)[:, None],
+        signal=grid.alpha,
+        noise=grid.sigma,
+        init_scale=start_scale(config, grid),
     )
 
 
-def _timesteps(config: ScheduleConfig, steps: int) -> Float64:
-    total = config.num_train_timesteps
-    spacing = config.spacing("linspace")
-    if spacing == "linspace":
-        # float32, because that is what such models were told when they were evaluated
-        return np.linspace(0, total - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
-    if spacing == "leading":
-        return (np.arange(steps)[::-1] * (total // steps) + config.steps_offset).astype(np.float64)
-    return np.round(total - np.arange(steps) * (total / steps)) - 1.0
+def euler_ancestral(config: ScheduleConfig, plan: Plan) -> Table:
+    """Each step goes further down than it should and adds noise to come back (k-diffusion, eta 1)."""
+    grid = ratio_grid(config, plan)
+    u_x, u_m = derivative_weights(config, grid.sigma[:-1])
+    down, up = ancestral(grid.sigma[:-1], grid.sigma[1:])
+    return Table(
+        name="euler_ancestral",
+        timesteps=grid.times,
+        c_in=alpha_sigma(grid.sigma[:-1])[0],
+        u_x=u_x,
+        u_m=u_m,
+        a=np.ones(len(u_x)),
+        b=(down - grid.sigma[:-1])[:, None],
+        s=up,
+        signal=grid.alpha,
+        noise=grid.sigma,
+        init_scale=start_scale(config, grid),
+    )
+
+
+def ancestral(now: Float64, then: Float64) -> tuple[Float64, Float64]:
+    """(sigma to step down to, deviation of the noise to add) for a step from `now` to `then`."""
+    ratio = then / now
+    return then * ratio, then * np.sqrt(1 - ratio**2)
+
+
+def derivative_weights(config: ScheduleConfig, sigma: Float64) -> Weights:
+    """(u_x, u_m) of dx/dsigma, where x = x0 + sigma*noise."""
+    alpha, noise = alpha_sigma(sigma)
+    n_x, n_m = noise_weights(config.prediction_type, alpha, noise)
+    return n_x * alpha, n_m
+
+
+def start_scale(config: ScheduleConfig, grid: Grid) -> float:
+    """The deviation of the first x; with leading spacing the first level still has the picture's variance on top."""
+    largest = float(grid.sigma.max())
+    from_pure_noise = config.spacing("linspace") in ("linspace", "trailing")
+    return largest if from_pure_noise else float(np.hypot(largest, 1.0))

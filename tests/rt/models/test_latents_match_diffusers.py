@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import published_configs
 import small_checkpoints
 import tintype
 from tintype.errors import RequestError
@@ -46,6 +49,26 @@ def test_latents_equal_diffusers(
     }
     expected = theirs(**request, latents=torch.from_numpy(noise.copy())).images
     actual = tintype.load(saved(kind))(**request, latents=noise, scheduler=scheduler).images
+    assert relative_error(actual, expected) <= LATENTS_20_STEPS
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_stable_diffusions_published_scheduler(saved: Saved, tmp_path: Path, steps: int) -> None:
+    """The PNDM settings that SD 1.5 is published with, as the checkpoint's own scheduler."""
+    folder = Path(shutil.copytree(saved("sd1"), tmp_path / "sd15"))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(published_configs.SD15_SCHEDULER)
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    theirs = small_checkpoints.PIPELINES["sd1"].from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    assert type(theirs.scheduler) is diffusers.PNDMScheduler
+    noise = np.random.default_rng(2).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    request = {"prompt": "red", "num_inference_steps": steps, "output_type": "latent"}
+    expected = theirs(**request, latents=torch.from_numpy(noise.copy())).images
+    actual = tintype.load(folder)(**request, latents=noise).images
     assert relative_error(actual, expected) <= LATENTS_20_STEPS
 
 

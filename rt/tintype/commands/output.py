@@ -1,0 +1,72 @@
+"""What commands share when they write: a place tried first, files whole or not there at all, a sign of life."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tintype.errors import RequestError
+
+
+class Progress:
+    """A bar on a terminal, a plain line now and then elsewhere; always on stderr."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._drawn = False
+        self._last = time.monotonic()
+
+    def __call__(self, step: int, total: int, latents: Any = None) -> None:
+        done = step + 1
+        if self._terminal:
+            self._drawn = True
+            bar = "#" * (30 * done // total)
+            print(f"\r[{bar:30}] step {done}/{total}", end="", file=sys.stderr, flush=True)
+        elif done == total or time.monotonic() - self._last > 5:
+            self._last = time.monotonic()
+            print(f"step {done}/{total}", file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self._drawn:
+            print(file=sys.stderr)
+
+
+def require_writable(output: Path | None) -> None:
+    """Refuse a target that cannot be written, before the work starts."""
+    folder = (output or Path("x")).parent
+    if output is not None and output.is_dir():
+        raise RequestError(f"{output} is a folder; name a PNG file with -o")
+    if not folder.is_dir():
+        raise RequestError(f"cannot write to {folder}: no such folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RequestError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside the target and rename, so that a killed run leaves no half file."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            write(stream)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

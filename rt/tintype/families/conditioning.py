@@ -1,0 +1,115 @@
+"""The text side of a latent UNet: prompts to what the denoiser is told, by one or two CLIP encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tintype.backends import Backend
+from tintype.errors import RequestError
+from tintype.prompts import fragments
+from tintype.sampling import require_finite
+from tintype.tokenizer import ClipTokenizer, Window
+
+Floats = NDArray[np.float32]
+
+
+class Reading(NamedTuple):
+    """How a prompt is read: whether brackets weigh words, and whether what is too long goes into further windows."""
+
+    weighted: bool = False
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told about a prompt: hidden states [1, t, d] and, for XL, pooled [1, p]."""
+
+    hidden: Floats
+    pooled: Floats | None = None
+
+    def zeros(self) -> Conditioning:
+        """The blank that XL was trained with in place of a negative prompt."""
+        return Conditioning(
+            np.zeros_like(self.hidden), None if self.pooled is None else np.zeros_like(self.pooled)
+        )
+
+    def padded(self, tokens: int, blank: Conditioning) -> Conditioning:
+        """At least `tokens` long, with windows of the empty prompt behind."""
+        missing = (tokens - self.hidden.shape[1]) // blank.hidden.shape[1]
+        return Conditioning(
+            np.concatenate([self.hidden, *[blank.hidden] * missing], axis=1), self.pooled
+        )
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """Encodes prompts; read-only after loading but the cached empty prompt."""
+
+    backend: Backend
+    tokenizers: Sequence[ClipTokenizer]
+    _empty: dict[str, Conditioning] = field(default_factory=dict, repr=False)
+
+    @property
+    def stages(self) -> list[str]:
+        """The encoders that the model has."""
+        return [stage for stage in ("encode", "encode_2") if stage in self.backend.stages]
+
+    def profile(self, stage: str) -> str:
+        """The one shape of an encoder."""
+        profiles = self.backend.profiles(stage)
+        return profiles[0] if profiles else "b1"
+
+    def encode(self, prompt: str, known: dict[str, Conditioning], reading: Reading) -> Conditioning:
+        """The conditioning of a prompt; `known` is the call's own cache, for one way of reading."""
+        if prompt == "":
+            if "" not in self._empty:
+                self._empty[""] = self._run("", Reading())
+            return self._empty[""]
+        if prompt not in known:
+            known[prompt] = self._run(prompt, reading)
+        return known[prompt]
+
+    def same_length(self, pair: Sequence[Conditioning]) -> list[Conditioning]:
+        """The shorter padded to the longer."""
+        tokens = max(each.hidden.shape[1] for each in pair)
+        if all(each.hidden.shape[1] == tokens for each in pair):
+            return list(pair)
+        blank = self.encode("", {}, Reading())
+        return [each.padded(tokens, blank) for each in pair]
+
+    def _run(self, prompt: str, reading: Reading) -> Conditioning:
+        pieces = fragments(prompt) if reading.weighted else [(prompt, 1.0)]
+        hidden, pooled = [], None
+        for stage, tokenizer in zip(self.stages, self.tokenizers, strict=True):
+            windows = tokenizer.windows(pieces, long=reading.long)
+            self._check_windows(prompt, len(windows))
+            encoded = [self._window(stage, window, tokenizer) for window in windows]
+            hidden.append(np.concatenate([each.hidden for each in encoded], axis=1))
+            pooled = encoded[0].pooled if encoded[0].pooled is not None else pooled
+        return Conditioning(np.concatenate(hidden, axis=-1), pooled)
+
+    def _window(self, stage: str, window: Window, tokenizer: ClipTokenizer) -> Conditioning:
+        """One window through one encoder; a weight moves a token's states away from the empty prompt's, or towards."""
+        encoded = self._stage(stage, window.ids)
+        if (window.weights == 1).all():
+            return encoded
+        blank = self._stage(stage, tokenizer("")).hidden
+        weights = window.weights[None, :, None]
+        return Conditioning(blank + weights * (encoded.hidden - blank), encoded.pooled)
+
+    def _stage(self, stage: str, ids: NDArray[np.int64]) -> Conditioning:
+        outputs = self.backend.run(stage, self.profile(stage), {"input_ids": ids})
+        require_finite(stage, outputs["encoder_hidden_states"])
+        return Conditioning(outputs["encoder_hidden_states"], outputs.get("text_embeds"))
+
+    def _check_windows(self, prompt: str, windows: int) -> None:
+        if windows > 1 and self.backend.profiles("denoise") is not None:
+            raise RequestError(
+                f"prompt {prompt[:30]!r}... takes {windows} windows of the text encoder, and this bundle's denoiser "
+                "was built for one; shorten the prompt, or run the checkpoint on torch"
+            )

@@ -1,0 +1,75 @@
+"""The loop: walks a scheduler's table from noisy to clean latents, for one picture or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tintype.errors import TintypeError
+from tintype.guidance import Guidance, rescaled
+from tintype.noise import step_noise
+from tintype.schedulers import Table
+from tintype_kernels import scheduler_step
+
+Floats = NDArray[np.float32]
+# (what the model sees [n, c, h, w], the time that it is told, whether to guide) -> (conditional, unconditional)
+Predict = Callable[[Floats, float, bool], tuple[Floats, Floats | None]]
+
+
+@dataclass
+class StepNoise:
+    """Draws each step's noise [n, c, h, w] for pictures of these seeds; belongs to one walk."""
+
+    table: Table
+    seeds: Sequence[int]
+    shape: tuple[int, ...]  # of one picture, [c, h, w]
+    offset: int = 0  # added to the step's number, where a picture is walked twice
+    _last: Floats | None = field(default=None, repr=False)
+
+    def __call__(self, step: int) -> Floats:
+        draws = [step_noise(seed, self.offset + step, self.shape) for seed in self.seeds]
+        noise = np.stack(draws)
+        if self.table.carry is not None:
+            kept, new = (np.float32(weight) for weight in self.table.carry[step])
+            # A plain draw keeps its bits.
+            if self._last is not None and kept:
+                noise = kept * self._last + new * noise
+            self._last = noise
+        return noise
+
+
+def walk(
+    table: Table,
+    x: Floats,
+    noise: StepNoise,
+    predict: Predict,
+    guidance: Guidance,
+    after: Callable[[int, Floats], Floats],
+) -> Floats:
+    """Run every row of the table on x; `after(step, x)` may change the latents, and sees those that it returns last."""
+    history: list[Floats] = []
+    c_in, times = table.c_in.astype(np.float32), table.timesteps.tolist()
+    for step, (plain, scale) in enumerate(zip(table.rows, guidance.scales, strict=True)):
+        m, m_uncond = predict(c_in[step] * x, times[step], scale > 1)
+        row = plain
+        if m_uncond is not None:
+            if guidance.rescale:
+                m, m_uncond = rescaled(m, m_uncond, scale, guidance.rescale), None
+            else:
+                row = plain._replace(guidance=scale)
+        x, h = scheduler_step(x, m, m_uncond, history, row, noise(step) if row.s else None)
+        require_finite("denoise", x, f" at step {step + 1} of {len(table)}")
+        history = [h, *history][: table.history]
+        x = after(step, x)
+    return x
+
+
+def require_finite(stage: str, array: Floats, where: str = "") -> None:
+    """Fail where a stage gave NaN or infinity: a black picture is never returned in silence."""
+    if not np.isfinite(array).all():
+        raise TintypeError(
+            f"stage {stage} gave NaN or infinity{where}; the weights are damaged, or the guidance too strong"
+        )

@@ -1,0 +1,115 @@
+"""Guidance: which steps ask for the unconditional output, rescaling against diffusers, and every way to say a scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+import tintype
+from tintype.errors import RequestError
+from tintype.guidance import check_scale, interval, rescaled, scales
+from tintype.pipeline import Pipeline
+from tolerances import KERNEL_STEP, relative_error
+
+PROMPT = "a red lighthouse"
+SETTINGS = {"seed": 5, "output_type": "latent", "num_inference_steps": 6}
+
+
+class Rows:
+    """Notes how many rows each denoiser run has."""
+
+    def __init__(self, inner):
+        self.inner, self.ran = inner, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def run(self, stage, profile, inputs):
+        if stage == "denoise":
+            self.ran.append(len(inputs["sample"]))
+        return self.inner.run(stage, profile, inputs)
+
+
+def noted(pipeline):
+    family = pipeline.family
+    backend = Rows(family.backend)
+    own = type(family)(backend, family.tokenizers, family.scheduler_config, family.defaults)
+    return Pipeline(pipeline.name, own, pipeline.backend_reason), backend
+
+
+def latents(pipeline, scale, **options):
+    return pipeline(PROMPT, "fog", guidance_scale=scale, **SETTINGS, **options).images
+
+
+def test_a_number_a_list_and_a_function_agree(tiny_pipeline):
+    number = latents(tiny_pipeline, 3.0)
+    np.testing.assert_array_equal(latents(tiny_pipeline, [3.0] * 6), number)
+    np.testing.assert_array_equal(latents(tiny_pipeline, lambda progress: 3.0), number)
+    falling = latents(tiny_pipeline, [6.0, 5.0, 4.0, 3.0, 2.0, 1.5])
+    assert not np.array_equal(falling, number)
+    np.testing.assert_array_equal(
+        latents(
+            tiny_pipeline, lambda progress: [6.0, 5.0, 4.0, 3.0, 2.0, 1.5][round(6 * progress)]
+        ),
+        falling,
+    )
+
+
+def test_the_unconditional_pass_is_left_out_where_the_scale_is_one(tiny_pipeline):
+    pipeline, backend = noted(tiny_pipeline)
+    latents(pipeline, interval(3.0, 1 / 3, 2 / 3))
+    assert backend.ran == [1, 1, 2, 2, 1, 1]
+
+
+def test_an_interval_equals_its_list(tiny_pipeline):
+    expected = latents(tiny_pipeline, [1.0, 1.0, 3.0, 3.0, 1.0, 1.0])
+    np.testing.assert_array_equal(latents(tiny_pipeline, interval(3.0, 0.3, 0.6)), expected)
+
+
+@pytest.mark.parametrize("scheduler", ["heun", "pndm", "dpmpp_sde"])
+def test_a_list_spreads_over_methods_that_look_more_often(tiny_pipeline, scheduler):
+    number = latents(tiny_pipeline, 3.0, scheduler=scheduler)
+    np.testing.assert_array_equal(latents(tiny_pipeline, [3.0] * 6, scheduler=scheduler), number)
+
+
+def test_progress_counts_from_what_is_left_out():
+    assert scales((1.0, 2.0, 3.0, 4.0), 2, 0.5) == (3.0, 4.0)
+    assert scales(tuple(range(50)), 50, 0.0) == tuple(range(50))
+    assert scales(tuple(range(49)), 42, 7 / 49) == tuple(range(7, 49))
+
+
+@pytest.mark.parametrize("amount", [0.3, 1.0])
+def test_rescaling_is_diffusers_own(amount):
+    m, uncond = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 6)).astype(np.float32)
+    guided = torch.from_numpy(uncond + 7.5 * (m - uncond))
+    expected = rescale_noise_cfg(guided, torch.from_numpy(m), amount)
+    # a deviation is one sum more
+    assert relative_error(rescaled(m, uncond, 7.5, amount), expected) < 2 * KERNEL_STEP
+
+
+def test_rescaling_reaches_the_loop(tiny_pipeline):
+    plain = latents(tiny_pipeline, 7.5)
+    assert not np.array_equal(latents(tiny_pipeline, 7.5, guidance_rescale=0.7), plain)
+    np.testing.assert_array_equal(latents(tiny_pipeline, 7.5, guidance_rescale=0.0), plain)
+
+
+@pytest.mark.parametrize("bad", ["much", None, [1.0], [1.0, np.inf], (np.nan, 1.0)])
+def test_bad_scales_are_named(bad):
+    with pytest.raises(RequestError, match="guidance_scale"):
+        check_scale(bad, 2)
+
+
+def test_a_bundle_of_single_rows_is_guided_one_row_at_a_time(tiny_pipeline):
+    pipeline, backend = noted(tiny_pipeline)
+    every = backend.inner.profiles
+    backend.profiles = lambda stage: [name for name in every(stage) if "-b2" not in name]
+    one_by_one = latents(pipeline, 3.0)
+    assert set(backend.ran) == {1}
+    assert len(backend.ran) == 12
+    assert relative_error(one_by_one, latents(tiny_pipeline, 3.0)) < KERNEL_STEP * 10
+
+
+def test_the_module_is_public():
+    assert tintype.guidance.interval(2.0)(0.5) == 2.0
