@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor
 
+from tintype.checkpoints.files import Weights, read_header
 from tintype.errors import CheckpointError
 from tintype.models.stages import Stage
 
@@ -33,24 +32,28 @@ class StoredTensor:
     length: int
 
 
-def stored_tensors(root: Path, location: str) -> dict[str, StoredTensor]:
-    """The tensors of the safetensors file ``root/location`` by name, read from its header alone."""
-    with (root / location).open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    unknown = {entry["dtype"] for entry in header.values()} - _DTYPES.keys()
-    if unknown:
-        raise CheckpointError(
-            f"{location} holds {', '.join(sorted(unknown))}; graphs read {', '.join(_DTYPES)}"
-        )
-    return {
-        name: StoredTensor(
-            location, _DTYPES[e["dtype"]], tuple(e["shape"]), 8 + size + begin, end - begin
-        )
-        for name, e in header.items()
-        for begin, end in [e["data_offsets"]]
-    }
+def stored_tensors(root: Path, weights: Weights) -> dict[str, StoredTensor]:
+    """The parameters that lie whole and untransposed in the component's safetensors files, by our names."""
+    found: dict[str, StoredTensor] = {}
+    for path in weights.files:
+        header, data_bytes = read_header(path)
+        data_start = path.stat().st_size - data_bytes
+        location = path.relative_to(root).as_posix()
+        for key, entry in header.items():
+            targets = () if key == "__metadata__" else weights.translate(key)
+            if len(targets) == 1 and targets[0].parts == 1 and not targets[0].transposed:
+                begin, end = entry["data_offsets"]
+                shape = targets[0].shape(tuple(entry["shape"]))
+                dtype = _dtype(location, entry["dtype"])
+                place = (data_start + begin, end - begin)
+                found[targets[0].name] = StoredTensor(location, dtype, shape, *place)
+    return found
+
+
+def _dtype(location: str, name: str) -> ir.DataType:
+    if name not in _DTYPES:
+        raise CheckpointError(f"{location} holds {name}; graphs read {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def trace(stage: Stage, inputs: Mapping[str, Tensor]) -> ir.Model:
@@ -90,6 +93,7 @@ def _fold_shapes(model: ir.Model) -> None:
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),  # the exporter notes a Python stack at every node
     ):
         simplification(model)
 

@@ -1,4 +1,4 @@
-"""One training loop for every model: AdamW, warm-up and cool-down, weight averaging, resumable to the step."""
+"""One training loop for every model: warm-up and cool-down, weight averaging, resumable to the step."""
 
 from __future__ import annotations
 
@@ -14,31 +14,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .muon import Muon
+
 # The loss of a step, made from the step's number alone: a resumed run sees the batches that it would have seen.
 BatchLoss = Callable[[int], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """``steps`` optimiser steps; ``cooldown`` is the last part of them, over which the rate falls to zero."""
+    """``steps`` optimiser steps; over the last ``cooldown`` of them the rates fall to zero.
+
+    ``learning_rate`` is AdamW's. Where ``matrix_rate`` is given, Muon takes the matrices and filters at that rate.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
+    matrix_rate: float | None = None
     weight_decay: float = 0.01
     warmup: int = 100
-    cooldown: float = 0.3
-    ema_decay: float = 0.999
+    cooldown: float = 0.4
+    ema_decay: float = 0.998
     clip_norm: float = 1.0
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 50
     device: str = "cpu"
 
-    def rate(self, step: int) -> float:
-        """Learning rate at ``step``: linear warm-up, constant, linear cool-down."""
+    def pace(self, step: int) -> float:
+        """Share of the full rates at ``step``: linear warm-up, constant, linear cool-down."""
         remaining = (self.steps - step) / max(1.0, self.cooldown * self.steps)
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, remaining)
+        return min(1.0, (step + 1) / self.warmup, remaining)
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -65,75 +71,102 @@ def fit(model: nn.Module, batch_loss: BatchLoss, config: FitConfig, folder: Path
     ``folder/log.jsonl``. ``folder/state.pt`` holds everything needed to go on after an interruption.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(config.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        _groups(model, config.weight_decay), lr=0.0, betas=(0.9, 0.99), fused=True
-    )
-    average = [p.detach().clone() for p in parameters]
-    first, seconds = _resume(folder, model, optimiser, average)
-    model.train()
-    for step in range(first, config.steps):
+    model.to(config.device).train()
+    run = _Run(model, _optimisers(model, config), [p.detach().clone() for p in _trained(model)])
+    run.resume(folder / "state.pt")
+    while run.step < config.steps:
         started = time.perf_counter()
-        for group in optimiser.param_groups:
-            group["lr"] = config.rate(step)
-        losses = batch_loss(step)
+        losses = batch_loss(run.step)
         losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        # A young average follows closely, or it would remember the initialisation for thousands of steps.
-        torch._foreach_lerp_(
-            average, parameters, 1.0 - min(config.ema_decay, (1 + step) / (10 + step))
-        )
-        seconds += time.perf_counter() - started
-        last = step + 1 == config.steps
-        if last or (step + 1) % config.log_every == 0:
-            _log(folder, step + 1, seconds, norm, losses)
-        if last or (step + 1) % config.checkpoint_every == 0:
-            _save(folder, model, optimiser, average, step + 1, seconds, config)
+        norm = nn.utils.clip_grad_norm_(_trained(model), config.clip_norm)
+        run.update(config)
+        run.seconds += time.perf_counter() - started
+        last = run.step == config.steps
+        if last or run.step % config.log_every == 0:
+            _log(folder, run.step, run.seconds, norm, losses)
+        if last or run.step % config.checkpoint_every == 0:
+            run.save(folder / "state.pt", config)
     with torch.no_grad():
-        for p, mean in zip(parameters, average, strict=True):
+        for p, mean in zip(_trained(model), run.average, strict=True):
             p.copy_(mean)
     return model.eval()
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices and filters decay; gains, biases and embeddings of one dimension do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+@dataclass
+class _Run:
+    """What a training run carries from step to step, and through an interruption."""
+
+    model: nn.Module
+    optimisers: list[torch.optim.Optimizer]
+    average: list[Tensor]
+    step: int = 0
+    seconds: float = 0.0
+
+    def update(self, config: FitConfig) -> None:
+        """Apply the gradients, clear them, and move the average."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["full_rate"] * config.pace(self.step)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        # A young average follows closely, or it would remember the initialisation for thousands of steps.
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, _trained(self.model), 1.0 - decay)
+        self.step += 1
+
+    def save(self, path: Path, config: FitConfig) -> None:
+        """Write everything to ``path``, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "average": self.average,
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": asdict(config),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> None:
+        """Take up what ``save`` wrote, where it did."""
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        for mean, saved in zip(self.average, state["average"], strict=True):
+            mean.copy_(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _optimisers(model: nn.Module, config: FitConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, without decay of gains and biases; and Muon for what it is made for, where the configuration has it."""
+    by_muon = [p for p in _trained(model) if config.matrix_rate is not None and _is_wide(p)]
+    taken = {id(p) for p in by_muon}
+    rest = [p for p in _trained(model) if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    optimisers: list[torch.optim.Optimizer] = [adamw]
+    if config.matrix_rate is not None:
+        optimisers.append(Muon(by_muon, config.matrix_rate, 0.95, config.weight_decay))
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["full_rate"] = group["lr"]
+    return optimisers
 
 
-def _resume(
-    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: list[Tensor]
-) -> tuple[int, float]:
-    path = folder / "state.pt"
-    if not path.exists():
-        return 0, 0.0
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    for mean, saved in zip(average, state["average"], strict=True):
-        mean.copy_(saved)
-    return state["step"], state["seconds"]
-
-
-def _save(
-    folder: Path,
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    average: list[Tensor],
-    step: int,
-    seconds: float,
-    config: FitConfig,
-) -> None:
-    state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average}
-    partial = folder / "state.pt.partial"
-    torch.save({**state, "step": step, "seconds": seconds, "config": asdict(config)}, partial)
-    os.replace(partial, folder / "state.pt")
+def _is_wide(p: nn.Parameter) -> bool:
+    """Hidden layers' matrices; those that read pixels or write few channels are too narrow to be orthogonalised."""
+    return p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 32
 
 
 def _log(folder: Path, step: int, seconds: float, norm: Tensor, losses: dict[str, Tensor]) -> None:

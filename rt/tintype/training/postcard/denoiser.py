@@ -56,18 +56,24 @@ SCHEDULER_CONFIG = {
 _CAPTION_DROPOUT = 0.1
 
 
+def new_denoiser(channels: tuple[int, ...], layers: int, seed: int) -> UNet:
+    """An untrained UNet whose residual branches are silent."""
+    torch.manual_seed(seed)
+    unet = UNet(unet_config(channels, layers))
+    silence_residual_branches(unet)
+    return unet
+
+
 def train_denoiser(
-    config: UNetConfig,
+    unet: UNet,
     data: tuple[Tensor, list[Scene]],
     text_encoder: CLIPTextEncoder,
     tokenizer: ClipTokenizer,
     fitting: FitConfig,
     folder: Path,
-) -> UNet:
+) -> None:
     """Train on latents float32 [n, 4, 16, 16] of scenes and fresh captions, a tenth of them emptied for guidance."""
-    torch.manual_seed(fitting.seed)
-    unet = UNet(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    silence_residual_branches(unet)
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents, scenes = data
     text_encoder = text_encoder.to(fitting.device)
     alphas = SCHEDULE.alphas_cumprod()
@@ -93,7 +99,6 @@ def train_denoiser(
         return {"loss": (weight * error).mean(), "error": error.mean()}
 
     fit(unet, batch_loss, fitting, folder)
-    return unet
 
 
 def _even_times(count: int, random: torch.Generator) -> Tensor:

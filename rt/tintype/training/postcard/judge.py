@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..loop import FitConfig, batches, fit, generator, mixed_precision
+from ..save import save_component
 from .batches import Sampler, pictures
 from .dataset import labels
 from .scene import ATTRIBUTES, Scene
@@ -80,6 +81,26 @@ def train_judge(store: PostcardStore, config: FitConfig, folder: Path) -> Judge:
 
     fit(judge, batch_loss, config, folder)
     return judge
+
+
+def save_judge(judge: Judge, folder: Path) -> None:
+    """Write the judge's weights, half precision, and the classes that its outputs stand for."""
+    config = {
+        "_class_name": "PostcardJudge",
+        "attributes": {n: list(v) for n, v in ATTRIBUTES.items()},
+    }
+    save_component(judge, config, folder, "model.safetensors")
+
+
+def load_judge(folder: Path) -> Judge:
+    """The judge that ``save_judge`` wrote, float32."""
+    from safetensors.torch import load_file
+
+    judge = Judge()
+    judge.load_state_dict(
+        {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
+    )
+    return judge.eval()
 
 
 def _roughen(images: Tensor, random: torch.Generator) -> Tensor:

@@ -1,0 +1,60 @@
+"""How the models in the box are made: sizes, steps and rates, by the name of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..loop import FitConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``pictures`` rendered for training, the first ``encoded`` of them as latents for the denoiser; the UNet's
+    channels and layers a level; how each model is fitted."""
+
+    pictures: int
+    encoded: int
+    channels: tuple[int, ...]
+    layers: int
+    clip: FitConfig
+    judge: FitConfig
+    autoencoder: FitConfig
+    denoiser: FitConfig
+
+    def on(self, device: str) -> Recipe:
+        """The same recipe on another device."""
+        fits = {name: replace(getattr(self, name), device=device) for name in FITTED}
+        return replace(self, **fits)
+
+    def for_steps(self, stage: str, steps: int) -> Recipe:
+        """The same recipe with another length of one fitted stage."""
+        return replace(self, **{stage: replace(getattr(self, stage), steps=steps)})
+
+
+FITTED = ("clip", "judge", "autoencoder", "denoiser")
+
+RECIPES: Mapping[str, Recipe] = {
+    # About two hours on two CPU cores: what the box ships.
+    "small": Recipe(
+        pictures=60_000,
+        encoded=30_000,
+        channels=(64, 128, 192),
+        layers=1,
+        clip=FitConfig(500, 192, 1e-3, weight_decay=0.1, cooldown=0.3, ema_decay=0.99),
+        judge=FitConfig(2000, 64, 2e-3, cooldown=0.3, ema_decay=0.999),
+        autoencoder=FitConfig(3000, 32, 1e-3, matrix_rate=4e-3, warmup=30, ema_decay=0.995),
+        denoiser=FitConfig(4500, 64, 1e-3, matrix_rate=4e-3),
+    ),
+    # For a GPU: wider, longer, on more pictures; weights still fit the box.
+    "large": Recipe(
+        pictures=200_000,
+        encoded=200_000,
+        channels=(96, 160, 224),
+        layers=1,
+        clip=FitConfig(8000, 512, 1e-3, weight_decay=0.1, ema_decay=0.999),
+        judge=FitConfig(6000, 128, 2e-3, ema_decay=0.999),
+        autoencoder=FitConfig(30_000, 64, 1e-3, matrix_rate=4e-3, ema_decay=0.999),
+        denoiser=FitConfig(60_000, 256, 1e-3, matrix_rate=4e-3, ema_decay=0.9995),
+    ),
+}

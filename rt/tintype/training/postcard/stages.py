@@ -1,0 +1,198 @@
+"""The stages of training the models in the box, each reading what the ones before it wrote.
+
+DATA/            pictures.npy, data.json                       data
+OUT/model/       the checkpoint, diffusers layout              clip, autoencoder, denoiser
+OUT/model/judge/ the judge's weights                           judge
+OUT/work/STAGE/  state to resume from, log.jsonl               every fitted stage
+OUT/figures.json what was measured                             every fitted stage, accuracy
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tintype.checkpoints import open_checkpoint
+from tintype.errors import TintypeError
+from tintype.loading import load
+from tintype.models.autoencoder_kl import AutoencoderKL
+from tintype.tokenizer import ClipTokenizer
+
+from ..save import write_json
+from . import assemble
+from .autoencoder import CONFIG, encode_all, reconstruction_psnr, train_autoencoder
+from .batches import pictures
+from .card import write_card
+from .clip import make_tokenizer, retrieval_accuracy, train_clip
+from .dataset import render_many
+from .denoiser import new_denoiser, train_denoiser
+from .evaluate import prompt_accuracy, prompts
+from .judge import accuracy, load_judge, save_judge, train_judge
+from .recipe import Recipe
+from .store import PostcardStore, open_store, write_store
+
+_DATA_SEED, _FRESH_SEED, _PROMPT_SEED = 1, 3, 5
+_FRESH, _PROMPTS, _STEPS, _GUIDANCE = 2000, 300, 20, 4.0
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a training run reads and writes, and by which recipe."""
+
+    data: Path
+    out: Path
+    recipe_name: str
+    recipe: Recipe
+    start: Path | None = None  # a finished checkpoint whose denoiser is trained further
+
+    @property
+    def model(self) -> Path:
+        return self.out / "model"
+
+    def work(self, stage: str) -> Path:
+        return self.out / "work" / stage
+
+    def store(self) -> PostcardStore:
+        if not (self.data / "data.json").exists():
+            raise TintypeError(
+                f"{self.data} holds no pictures; run: tintype train data --data {self.data}"
+            )
+        return open_store(self.data)
+
+    def component(self, name: str) -> torch.nn.Module:
+        """A trained part, float32, on the host."""
+        return open_checkpoint(self.model).component(name, torch.float32, torch.device("cpu"))
+
+    def record(self, stage: str, figures: Mapping[str, Any]) -> None:
+        """Add a stage's figures to OUT/figures.json."""
+        write_json(self.out / "figures.json", self.figures() | {stage: dict(figures)})
+
+    def figures(self) -> dict[str, Any]:
+        """What has been measured so far."""
+        path = self.out / "figures.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def data(shop: Workshop) -> None:
+    """Render the training pictures."""
+    write_store(shop.data, shop.recipe.pictures, _DATA_SEED)
+
+
+def clip(shop: Workshop) -> None:
+    """Tokenizer, then text and image encoder."""
+    store, tokenizer = shop.store(), make_tokenizer(shop.model / "tokenizer")
+    vocabulary = len(
+        json.loads((shop.model / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    )
+    pair = train_clip(store, tokenizer, vocabulary, shop.recipe.clip, shop.work("clip")).cpu()
+    assemble.save_index(shop.model)
+    assemble.save_text_encoder(pair.text, shop.model / "text_encoder")
+    # Untrained parts make the folder a whole checkpoint from now on.
+    assemble.save_autoencoder(AutoencoderKL(CONFIG), shop.model / "vae")
+    unet = new_denoiser(shop.recipe.channels, shop.recipe.layers, shop.recipe.denoiser.seed)
+    assemble.save_denoiser(unet, shop.model / "unet")
+    fresh = _fresh(200)
+    found = retrieval_accuracy(pair, fresh, tokenizer, len(fresh.scenes))
+    shop.record("clip", {"retrieval": found, "among": len(fresh.scenes)})
+
+
+def judge(shop: Workshop) -> None:
+    """The reader of attributes, measured on fresh renders."""
+    trained = train_judge(shop.store(), shop.recipe.judge, shop.work("judge")).cpu()
+    save_judge(trained, shop.model / "judge")
+    fresh = _fresh(_FRESH)
+    shop.record("judge", accuracy(trained, lambda rows: pictures(fresh, rows), fresh.scenes))
+
+
+def autoencoder(shop: Workshop) -> None:
+    """Encoder and decoder; what the judge still reads after a round trip bounds what a generator can reach."""
+    vae = train_autoencoder(shop.store(), shop.recipe.autoencoder, shop.work("autoencoder")).cpu()
+    assemble.save_autoencoder(vae, shop.model / "vae")
+    fresh, reader = _fresh(500), load_judge(shop.model / "judge")
+
+    def decoded(rows: slice) -> Tensor:
+        return vae.decode(vae.encode(pictures(fresh, rows))[0]).clamp(-1, 1)
+
+    with torch.no_grad():
+        read = accuracy(reader, decoded, fresh.scenes)
+    shop.record(
+        "autoencoder",
+        {
+            "psnr_db": reconstruction_psnr(vae, fresh, len(fresh.scenes)),
+            "read_after_round_trip": read,
+        },
+    )
+
+
+def denoiser(shop: Workshop) -> None:
+    """The UNet, on the latents of the pictures; begun anew, or where a finished checkpoint stands."""
+    store, recipe = shop.store(), shop.recipe
+    if shop.start is not None and not shop.model.exists():
+        shutil.copytree(
+            shop.start, shop.model, ignore=shutil.ignore_patterns("*.onnx", "bundle.json")
+        )
+    vae: Any = shop.component("vae")
+    latents = encode_all(vae.to(recipe.denoiser.device), store, recipe.encoded)
+    text_encoder: Any = shop.component("text_encoder")
+    unet: Any = shop.component("unet")
+    train_denoiser(
+        unet,
+        (latents, store.scenes[: recipe.encoded]),
+        text_encoder,
+        ClipTokenizer(shop.model / "tokenizer"),
+        recipe.denoiser,
+        shop.work("denoiser"),
+    )
+    assemble.save_denoiser(unet.cpu(), shop.model / "unet")
+
+
+def measure(shop: Workshop) -> None:
+    """Prompt accuracy of the finished model on seen and on held-out combinations."""
+    reader, pipeline = load_judge(shop.model / "judge"), load(shop.model)
+    asked = {
+        name: prompts(_PROMPTS, _PROMPT_SEED, held_out=name == "held_out")
+        for name in ("seen", "held_out")
+    }
+    settings = {"num_inference_steps": _STEPS, "scheduler": "dpmpp_2m", "guidance_scale": _GUIDANCE}
+    read = {name: prompt_accuracy(pipeline, reader, p, **settings) for name, p in asked.items()}
+    shop.record("prompt_accuracy", {**settings, "prompts": _PROMPTS, **read})
+    write_card(
+        shop.model / "README.md", shop.recipe_name, shop.recipe, shop.out / "work", shop.figures()
+    )
+
+
+def _fresh(count: int) -> PostcardStore:
+    """Renders that no training saw."""
+    return PostcardStore(*render_many(count, _FRESH_SEED))
+
+
+STAGES: Mapping[str, Callable[[Workshop], None]] = {
+    "data": data,
+    "clip": clip,
+    "judge": judge,
+    "autoencoder": autoencoder,
+    "denoiser": denoiser,
+    "accuracy": measure,
+}
+
+
+def run(stage: str, shop: Workshop, say: Callable[[str], None]) -> None:
+    """Run one stage, or with "postcard" all that are not done, in order."""
+    for name in STAGES if stage == "postcard" else [stage]:
+        done = shop.out / "work" / f"{name}.done"
+        if stage == "postcard" and done.exists():
+            continue
+        started = time.perf_counter()
+        say(f"{name}: started")
+        STAGES[name](shop)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()
+        say(f"{name}: done in {time.perf_counter() - started:.0f} s")

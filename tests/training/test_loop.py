@@ -1,0 +1,91 @@
+"""The training loop: resumable, averaged, and with the optimisers that the configuration names."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tintype.training.loop import FitConfig, fit, generator
+from tintype.training.muon import orthogonalise
+
+CONFIG = FitConfig(
+    steps=12,
+    batch_size=4,
+    learning_rate=1e-2,
+    matrix_rate=1e-2,
+    warmup=3,
+    log_every=1,
+    checkpoint_every=5,
+)
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+
+
+def _loss(model: nn.Module):
+    def batch_loss(step: int) -> dict[str, torch.Tensor]:
+        x = torch.randn(8, 40, generator=generator(0, step))
+        return {"loss": (model(x) - x[:, :3]).square().mean()}
+
+    return batch_loss
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path):
+    whole = _model()
+    fit(whole, _loss(whole), CONFIG, tmp_path / "whole")
+
+    broken = _model()
+    steps = _loss(broken)
+
+    def until_seven(step: int) -> dict[str, torch.Tensor]:
+        if step == 7:
+            raise _Interrupted
+        return steps(step)
+
+    with pytest.raises(_Interrupted):
+        fit(broken, until_seven, CONFIG, tmp_path / "broken")
+    resumed = _model()
+    fit(resumed, _loss(resumed), CONFIG, tmp_path / "broken")
+
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_log_has_a_row_a_step_and_the_loss_falls(tmp_path):
+    model = _model()
+    fit(model, _loss(model), CONFIG, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_rate_rises_holds_and_falls_to_nothing():
+    config = FitConfig(steps=100, batch_size=1, learning_rate=1.0, warmup=10, cooldown=0.5)
+    paces = [config.pace(step) for step in range(100)]
+    assert paces[0] == pytest.approx(0.1)
+    assert paces[10:50] == [1.0] * 40
+    assert all(b < a for a, b in itertools.pairwise(paces[50:]))
+    assert paces[-1] == pytest.approx(1 / 50)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32)])
+def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values(shape):
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rotated = u.T @ orthogonalise(matrix) @ vh.T
+    values = rotated.diagonal()
+    assert (rotated - torch.diag(values)).abs().max() < 1e-9
+    # The source's coefficients promise about 0.7 to 1.2 except for the smallest singular values.
+    assert values.max() < 1.3
+    assert values.median() > 0.65

@@ -1,0 +1,67 @@
+"""Objectives against diffusers, torch.distributions and float64."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from tintype.training.objectives import (
+    NoiseSchedule,
+    contrastive_loss,
+    kl_to_standard_normal,
+    min_snr_weight,
+    noisy_and_velocity,
+)
+
+
+@pytest.fixture(scope="module")
+def ddpm():
+    return diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+
+
+def test_the_noise_schedule_is_stable_diffusions(ddpm):
+    torch.testing.assert_close(
+        NoiseSchedule().alphas_cumprod(), ddpm.alphas_cumprod.double(), rtol=1e-4, atol=0
+    )
+
+
+def test_noisy_latents_and_velocity_equal_diffusers(ddpm):
+    x0, noise = torch.randn(5, 4, 6, 6), torch.randn(5, 4, 6, 6)
+    times = torch.tensor([0, 1, 400, 998, 999])
+    noisy, velocity = noisy_and_velocity(x0, noise, ddpm.alphas_cumprod[times].double())
+    torch.testing.assert_close(noisy, ddpm.add_noise(x0, noise, times))
+    torch.testing.assert_close(velocity, ddpm.get_velocity(x0, noise, times))
+
+
+def test_min_snr_weight_is_the_published_formula():
+    alpha = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+    snr = alpha / (1 - alpha)
+    torch.testing.assert_close(
+        min_snr_weight(alpha), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
+    )
+
+
+def test_contrastive_loss_is_the_papers_symmetric_cross_entropy():
+    images, texts = torch.randn(6, 8).double(), torch.randn(6, 8).double()
+    log_scale = torch.tensor(1.3, dtype=torch.float64)
+    a, b = (np.array(t / t.norm(dim=1, keepdim=True)) for t in (images, texts))
+    similarity = np.exp(1.3) * a @ b.T
+    rows, columns = (np.log(np.exp(similarity).sum(axis=axis)) for axis in (1, 0))
+    expected = (
+        (rows - similarity.diagonal()).mean() + (columns - similarity.diagonal()).mean()
+    ) / 2
+    assert float(contrastive_loss(images, texts, log_scale)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_equals_torch_distributions():
+    mean, log_variance = torch.randn(3, 4), torch.randn(3, 4)
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    expected = torch.distributions.kl_divergence(
+        posterior, torch.distributions.Normal(0.0, 1.0)
+    ).mean()
+    torch.testing.assert_close(kl_to_standard_normal(mean, log_variance), expected)
+    assert np.isclose(float(kl_to_standard_normal(torch.zeros(2), torch.zeros(2))), 0.0)

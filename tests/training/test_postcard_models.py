@@ -1,0 +1,84 @@
+"""Every model in the box can be trained: a few steps of the real code on a handful of pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tintype.models.autoencoder_kl import AutoencoderKL
+from tintype.training.loop import FitConfig
+from tintype.training.postcard import stages
+from tintype.training.postcard.autoencoder import CONFIG, encode_all, whiten
+from tintype.training.postcard.judge import Judge, accuracy
+from tintype.training.postcard.recipe import RECIPES
+from tintype.training.postcard.store import open_store, write_store
+
+_FIT = FitConfig(steps=2, batch_size=4, learning_rate=1e-3, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_store(folder, 40, seed=1)
+    return open_store(folder)
+
+
+def test_the_store_holds_the_scenes_it_was_drawn_from(store):
+    from tintype.training.postcard import render
+
+    assert np.array_equal(store.pictures[3], render(store.scenes[3]))
+
+
+def test_whitening_levels_the_latents_and_leaves_the_pictures(store):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(CONFIG).eval()
+    before = encode_all(vae, store, 8)
+    decoded = vae.decode(before)
+    whiten(vae, store, 40)
+    after = encode_all(vae, store, 40)
+    assert after.mean(dim=(0, 2, 3)).abs().max() < 0.02
+    assert (after.std(dim=(0, 2, 3)) - 1).abs().max() < 0.02
+    again = vae.decode(encode_all(vae, store, 8))
+    assert (again - decoded).norm() / decoded.norm() < 0.02  # bfloat16 encoding on both sides
+
+
+def test_an_untrained_judge_reads_by_chance(store):
+    torch.manual_seed(0)
+    images = torch.from_numpy(np.array(store.pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    read = accuracy(Judge().eval(), lambda rows: images[rows], store.scenes)
+    assert read["overall"] < 0.5
+
+
+def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
+    recipe = replace(
+        RECIPES["small"],
+        pictures=24,
+        encoded=16,
+        channels=(32, 64),
+        **dict.fromkeys(("clip", "judge", "autoencoder", "denoiser"), _FIT),
+    )
+    monkeypatch.setattr(stages, "_FRESH", 10)
+    shop = stages.Workshop(tmp_path / "data", tmp_path / "out", "small", recipe)
+    monkeypatch.setattr(stages, "make_tokenizer", _small_tokenizer)
+    monkeypatch.setattr(
+        stages, "_fresh", lambda count: stages.PostcardStore(*stages.render_many(10, 3, workers=1))
+    )
+    monkeypatch.setattr(stages, "_PROMPTS", 2)
+    monkeypatch.setattr(stages, "_STEPS", 2)
+    stages.run("postcard", shop, lambda line: None)
+    figures = json.loads((shop.out / "figures.json").read_text())
+    assert math.isfinite(figures["autoencoder"]["psnr_db"])
+    assert set(figures["prompt_accuracy"]) >= {"seen", "held_out"}
+    log = (shop.work("denoiser") / "log.jsonl").read_text().splitlines()
+    assert len(log) == _FIT.steps
+
+
+def _small_tokenizer(folder):
+    from tintype.training.postcard.clip import make_tokenizer
+
+    return make_tokenizer(folder, captions=200, merges=100)
