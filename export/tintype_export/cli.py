@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tintype.errors import RequestError
+from tintype.commands.output import picture_size
 
 from .bundle import ExportConfig, export_bundle
 
@@ -20,7 +20,11 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--target", choices=["onnx"], default="onnx")
     parser.add_argument("--precision", choices=["fp32"], default="fp32")
     parser.add_argument(
-        "--size", nargs="+", metavar="WxH", help="picture sizes; the model's own by default"
+        "--size",
+        type=picture_size,
+        nargs="+",
+        metavar="WxH",
+        help="picture sizes; the model's own by default",
     )
     parser.add_argument(
         "--tolerance", type=float, default=60.0, metavar="PSNR_DB", help="least fidelity"
@@ -36,9 +40,7 @@ def run(options: argparse.Namespace) -> None:
     from tintype.checkpoints import open_checkpoint
 
     defaults = open_checkpoint(options.model).defaults
-    sizes = [
-        parse_size(text) for text in options.size or [f"{defaults['width']}x{defaults['height']}"]
-    ]
+    sizes = options.size or [(defaults["width"], defaults["height"])]
     asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
     asked |= {"width": sizes[0][0], "height": sizes[0][1]}
     config = ExportConfig(
@@ -50,11 +52,3 @@ def run(options: argparse.Namespace) -> None:
         options.model, options.output, config, lambda line: print(line, file=sys.stderr)
     )
     print(bundle)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Turn 512x768 into (512, 768); raises RequestError."""
-    width, cross, height = text.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise RequestError(f"--size {text} is not WIDTHxHEIGHT, such as 512x768")
-    return int(width), int(height)

@@ -11,7 +11,6 @@ from tintype.training.objectives import (
     NoiseSchedule,
     contrastive_loss,
     kl_to_standard_normal,
-    min_snr_weight,
     noisy_and_velocity,
 )
 
@@ -35,14 +34,6 @@ def test_noisy_latents_and_velocity_equal_diffusers(ddpm):
     noisy, velocity = noisy_and_velocity(x0, noise, ddpm.alphas_cumprod[times].double())
     torch.testing.assert_close(noisy, ddpm.add_noise(x0, noise, times))
     torch.testing.assert_close(velocity, ddpm.get_velocity(x0, noise, times))
-
-
-def test_min_snr_weight_is_the_published_formula():
-    alpha = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
-    snr = alpha / (1 - alpha)
-    torch.testing.assert_close(
-        min_snr_weight(alpha), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
-    )
 
 
 def test_contrastive_loss_is_the_papers_symmetric_cross_entropy():

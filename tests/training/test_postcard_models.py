@@ -57,7 +57,7 @@ def test_an_untrained_judge_reads_by_chance(store):
 def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
     recipe = replace(
         RECIPES["small"],
-        pictures=24,
+        pictures=40,
         encoded=16,
         channels=(32, 64),
         **dict.fromkeys(("clip", "judge", "autoencoder", "denoiser"), _FIT),

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tintype.commands.output import Progress, require_writable, write_whole
+from tintype.commands.output import Progress, picture_size, require_writable, write_whole
 
 if TYPE_CHECKING:
     from tintype.pipeline import Output, Pipeline
-
-_SIZE = re.compile(r"(\d+)x(\d+)")
 
 
 def register(subparsers: Any) -> None:
@@ -32,7 +29,9 @@ def register(subparsers: Any) -> None:
         "-o", "--output", type=Path, help="PNG file; by default named after the seed"
     )
     parser.add_argument("-n", "--negative", help="what the picture should not show")
-    parser.add_argument("--size", type=_size, metavar="WxH", help="width and height in pixels")
+    parser.add_argument(
+        "--size", type=picture_size, metavar="WxH", help="width and height in pixels"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument(
         "--guidance", type=float, help="how strongly the prompt steers; 1 is not at all"
@@ -104,13 +103,6 @@ def _generate(pipeline: Pipeline, options: argparse.Namespace, asked: dict[str, 
         )
     finally:
         progress.close()
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = _SIZE.fullmatch(text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form WxH, such as 512x768")
-    return int(found[1]), int(found[2])
 
 
 def _save(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tintype.errors import RequestError
+
+_SIZE = re.compile(r"(\d+)x(\d+)")
 
 
 class Progress:
@@ -70,3 +74,11 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """A --size such as 512x768 -> (512, 768), for argparse."""
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form WxH, such as 512x768")
+    return int(found[1]), int(found[2])

@@ -40,12 +40,6 @@ def noisy_and_velocity(x0: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> tupl
     return signal * x0 + sigma * noise, signal * noise - sigma * x0
 
 
-def min_snr_weight(alpha_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
-    """Weight of a velocity loss that counts no noise level above ``gamma`` (Hang et al. 2023, arXiv 2303.09556)."""
-    snr = alpha_cumprod / (1 - alpha_cumprod)
-    return snr.clamp(max=gamma) / (snr + 1)
-
-
 def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy over the batch; images and texts [n, d], paired by row."""
     logits = log_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T

@@ -57,7 +57,8 @@ def test_tables_are_finite_fall_and_end(
     assert len(table) >= steps - first
     assert (np.diff(table.timesteps) <= 0).all()
     assert (np.diff(table.noise / np.hypot(table.signal, table.noise)) <= 1e-12).all()
-    if name != "pndm":  # which ends at training step zero unless told otherwise
+    # PNDM ends at training step zero unless told otherwise, and DDIM where its whole stride does not fill the time.
+    if name != "pndm" and not (name == "ddim" and 1000 % steps):
         assert table.noise[-1] == 0
         assert table.signal[-1] == 1
 

@@ -40,7 +40,7 @@ from .recipe import Recipe
 from .store import PostcardStore, open_store, write_store
 
 _DATA_SEED, _FRESH_SEED, _PROMPT_SEED = 1, 3, 5
-_FRESH, _PROMPTS, _STEPS, _GUIDANCE = 2000, 300, 20, 4.0
+_FRESH, _PROMPTS, _STEPS, _GUIDANCE = 2000, 150, 20, 4.0
 
 
 @dataclass(frozen=True)
