@@ -27,14 +27,18 @@ def exported(request, tmp_path_factory):
     return source, export_bundle(source, folder / "bundle", CONFIG)
 
 
+def difference_from_torch(source, folder, *, steps):
+    """Relative error of the bundle's picture against float32 torch's."""
+    settings = {"seed": 3, "num_inference_steps": steps, "output_type": "np"}
+    settings |= {"width": 64, "height": 64, "guidance_scale": 3.0}
+    expected = tintype.load(source, backend="torch", dtype="float32")("red", **settings)
+    actual = tintype.load(folder)("red", **settings)
+    return relative_error(actual.images, expected.images)
+
+
 def test_the_bundle_draws_what_torch_draws(exported):
     source, folder = exported
-    settings = {"seed": 3, "num_inference_steps": 3, "output_type": "np", "width": 64, "height": 64}
-    expected = tintype.load(source, backend="torch", dtype="float32")(
-        "red", guidance_scale=3.0, **settings
-    )
-    actual = tintype.load(folder)("red", guidance_scale=3.0, **settings)
-    assert relative_error(actual.images, expected.images) < STAGE_FP32
+    assert difference_from_torch(source, folder, steps=3) < STAGE_FP32
 
 
 def test_graphs_hold_no_weights_and_point_into_the_checkpoints_files(exported):
@@ -79,12 +83,7 @@ def test_weights_stored_in_half_precision_are_computed_with_in_single(tmp_path):
         halves = {name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}
         save_file(halves, path, metadata={"format": "pt"})
     folder = export_bundle(source, tmp_path / "bundle", CONFIG)
-    settings = {"seed": 3, "num_inference_steps": 2, "output_type": "np", "width": 64, "height": 64}
-    expected = tintype.load(source, backend="torch", dtype="float32")(
-        "red", guidance_scale=3.0, **settings
-    )
-    actual = tintype.load(folder)("red", guidance_scale=3.0, **settings)
-    assert relative_error(actual.images, expected.images) < STAGE_FP32
+    assert difference_from_torch(source, folder, steps=2) < STAGE_FP32
 
 
 def test_a_bundle_over_budget_is_not_written(tmp_path):
