@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from tintype.models.autoencoder_kl import AutoencoderKL
 from tintype.training.loop import FitConfig
 from tintype.training.postcard import stages
 from tintype.training.postcard.autoencoder import CONFIG, encode_all, whiten
+from tintype.training.postcard.batches import LookAlikes
+from tintype.training.postcard.dataset import sample_scenes
 from tintype.training.postcard.judge import Judge, accuracy
 from tintype.training.postcard.recipe import RECIPES
+from tintype.training.postcard.scene import ATTRIBUTES
 from tintype.training.postcard.store import open_store, write_store
 
 _FIT = FitConfig(steps=2, batch_size=4, learning_rate=1e-3, log_every=1)
@@ -71,11 +75,35 @@ def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "_PROMPTS", 2)
     monkeypatch.setattr(stages, "_STEPS", 2)
     stages.run("postcard", shop, lambda line: None)
-    figures = json.loads((shop.out / "figures.json").read_text())
-    assert math.isfinite(figures["autoencoder"]["psnr_db"])
-    assert set(figures["prompt_accuracy"]) >= {"seen", "held_out"}
-    log = (shop.work("denoiser") / "log.jsonl").read_text().splitlines()
-    assert len(log) == _FIT.steps
+    record = json.loads((shop.model / "training.json").read_text())
+    assert math.isfinite(record["autoencoder"]["psnr_db"])
+    assert set(record["prompt_accuracy"]) >= {"seen", "held_out"}
+    assert [len(fits) for fits in record["fits"].values()] == [1, 1, 1, 1]
+
+    further = replace(shop, out=tmp_path / "further", start=shop.model)
+    stages.run("denoiser", further, lambda line: None)
+    stages.run("accuracy", further, lambda line: None)
+    card = (further.model / "README.md").read_text()
+    assert card.count("\n| denoiser |") == 2
+    assert card.count("\n| clip |") == 1
+
+
+def test_look_alikes_come_in_groups_that_agree():
+    scenes = sample_scenes(5000, seed=2)
+    sampler = LookAlikes(scenes, size=100, seed=3)
+    rows = sampler.rows(step=0)
+    assert len(rows) == 100
+    assert np.array_equal(rows, sampler.rows(step=0))
+
+    def agreement(ordered):
+        shared = [
+            sum(getattr(a, name) == getattr(b, name) for name in ATTRIBUTES)
+            for a, b in pairwise(ordered)
+        ]
+        return np.mean(shared)
+
+    # Four attributes agree within a group by design, and one group follows another a few times.
+    assert agreement([scenes[r] for r in rows]) > 4 > agreement(scenes)
 
 
 def _small_tokenizer(folder):

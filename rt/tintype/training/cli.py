@@ -11,7 +11,7 @@ import torch
 
 from tintype.errors import RequestError
 
-_STAGES = ("data", "clip", "judge", "autoencoder", "denoiser", "accuracy", "postcard")
+_STAGES = ("data", "judge", "clip", "autoencoder", "denoiser", "accuracy", "postcard")
 
 
 def register(subparsers: Any) -> None:

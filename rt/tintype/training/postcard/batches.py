@@ -11,6 +11,7 @@ from torch import Tensor
 from tintype.tokenizer import ClipTokenizer
 
 from .captions import caption
+from .dataset import labels
 from .scene import Scene
 from .store import PostcardStore
 
@@ -27,6 +28,31 @@ class Sampler:
         """Sorted row numbers [size], without repetition."""
         rng = np.random.default_rng((self.seed, step))
         return np.sort(rng.choice(self.count, self.size, replace=False))
+
+
+_AGREEING, _GROUP = 4, 24
+
+
+class LookAlikes:
+    """Draws rows in groups of scenes that agree in some attributes, so that the others must tell them apart.
+
+    Each group has an anchor drawn at random and takes scenes that share its values of four attributes, drawn anew.
+    """
+
+    def __init__(self, scenes: list[Scene], size: int, seed: int) -> None:
+        self._labels = np.stack(list(labels(scenes).values()), axis=1)
+        self._size, self._seed = size, seed
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row numbers [size]; groups that come out small are followed by more groups."""
+        rng = np.random.default_rng((self._seed, step))
+        drawn: list[int] = []
+        while len(drawn) < self._size:
+            anchor = self._labels[rng.integers(len(self._labels))]
+            shared = rng.choice(len(anchor), _AGREEING, replace=False)
+            alike = np.flatnonzero((self._labels[:, shared] == anchor[shared]).all(axis=1))
+            drawn += rng.permutation(alike)[:_GROUP].tolist()
+        return np.array(drawn[: self._size])
 
 
 def pictures(store: PostcardStore, rows: np.ndarray | slice) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..loop import FitConfig
 from .recipe import FITTED, Recipe
 from .scene import ATTRIBUTES, Scene
 
@@ -29,8 +27,10 @@ never occur in training: they are the held-out combinations below.
 
 ## Recipe
 
-`{name}`: UNet {channels}, {layers} layer(s) a level, velocity prediction on Stable Diffusion's noise schedule,
-captions emptied one time in ten. Weights are stored in half precision. Everything starts from seed 0.
+The judge is a classifier of renders. The text encoder is fitted to its features, locked, by contrast among
+look-alikes; then it is frozen. UNet {channels}, {layers} layer(s) a level, velocity prediction on Stable Diffusion's
+noise schedule, captions emptied one time in ten. Weights are stored in half precision. `training.json` holds every
+setting and figure of this page.
 
 """
 _RETRAIN = """
@@ -48,48 +48,45 @@ is the mean without the sky, which is decoration.
 
 {rows}
 
-The autoencoder's round trip has {psnr:.1f} dB PSNR. CLIP finds a picture's caption among {among} in {retrieval:.0f}%
-of cases.
+The autoencoder's round trip has {psnr:.1f} dB PSNR. Of {among} fresh pictures, {retrieval:.0f}% find their caption
+among all {among} by CLIP's measure.
 """
 
 
-def write_card(
-    path: Path, name: str, recipe: Recipe, work: Path, figures: Mapping[str, Any]
-) -> None:
-    """Write the card to ``path`` from the run's logs in ``work`` and its figures."""
-    accuracy = figures["prompt_accuracy"]
+def write_card(path: Path, recipe: Recipe, record: Mapping[str, Any]) -> None:
+    """Write the card to ``path`` from what the training stages recorded."""
+    accuracy, fits = record["prompt_accuracy"], record["fits"]
+    name = fits["denoiser"][-1]["recipe"]
     text = _HEAD.format(
         attributes="; ".join(f"{a} ({', '.join(map(str, v))})" for a, v in ATTRIBUTES.items()),
         pictures=recipe.pictures,
         encoded=recipe.encoded,
-        name=name,
         channels="/".join(map(str, recipe.channels)),
         layers=recipe.layers,
     )
-    text += _fits(recipe, work) + _RETRAIN.format(name=name, guidance=accuracy["guidance_scale"])
-    path.write_text(text + _figures(figures), encoding="utf-8")
+    text += _fits(fits) + _RETRAIN.format(name=name, guidance=accuracy["guidance_scale"])
+    path.write_text(text + _figures(record), encoding="utf-8")
 
 
-def _fits(recipe: Recipe, work: Path) -> str:
+def _fits(fits: Mapping[str, Any]) -> str:
     lines = [
-        "| model | steps | batch | AdamW rate | Muon rate | seconds |",
-        "|---|---|---|---|---|---|",
+        "| model | seed | steps | batch | AdamW rate | Muon rate | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in FITTED:
-        fit: FitConfig = getattr(recipe, name)
-        last = json.loads((work / name / "log.jsonl").read_text().splitlines()[-1])
-        muon = fit.matrix_rate or "-"
-        lines.append(
-            f"| {name} | {last['step']} | {fit.batch_size} | {fit.learning_rate} | {muon} | {last['seconds']:.0f} |"
-        )
+        for fit in fits[name]:
+            cells = (name, fit["seed"], fit["steps"], fit["batch_size"], fit["learning_rate"])
+            muon = fit["matrix_rate"] or "-"
+            row = " | ".join(map(str, (*cells, muon, round(fit["seconds"]))))
+            lines.append(f"| {row} |")
     return "\n".join(lines) + "\n"
 
 
-def _figures(figures: Mapping[str, Any]) -> str:
-    accuracy, clip = figures["prompt_accuracy"], figures["clip"]
+def _figures(record: Mapping[str, Any]) -> str:
+    accuracy, clip = record["prompt_accuracy"], record["clip"]
     columns = {
-        "judge, fresh renders": figures["judge"],
-        "after the autoencoder": figures["autoencoder"]["read_after_round_trip"],
+        "judge, fresh renders": record["judge"],
+        "after the autoencoder": record["autoencoder"]["read_after_round_trip"],
         "generated, seen": accuracy["seen"],
         "generated, held out": accuracy["held_out"],
     }
@@ -105,7 +102,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
         scheduler=accuracy["scheduler"],
         guidance=accuracy["guidance_scale"],
         rows="\n".join(rows),
-        psnr=figures["autoencoder"]["psnr_db"],
+        psnr=record["autoencoder"]["psnr_db"],
         among=clip["among"],
         retrieval=100 * clip["retrieval"],
     )

@@ -1,4 +1,9 @@
-"""The postcard CLIP: a small text and image encoder trained contrastively, then frozen."""
+"""The postcard CLIP: a text encoder trained contrastively against the judge's locked view of a picture, then frozen.
+
+Locked-image tuning (Zhai et al. 2022, arXiv 2111.07991): a trained image tower is kept as it is and text learns to
+meet it. Random batches alone would not teach subject, count and position: among 192 pictures, place, time, weather
+and colour tell nearly all apart, and the encoder drops what it does not need. So batches are made of look-alikes.
+"""
 
 from __future__ import annotations
 
@@ -8,106 +13,104 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tintype.models.clip import CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, CLIPVisionConfig
+from tintype.models.clip import CLIPTextConfig, CLIPTextEncoder
 from tintype.tokenizer import ClipTokenizer
 
-from ..loop import FitConfig, fit, mixed_precision
+from ..loop import FitConfig, batches, fit, mixed_precision
 from ..objectives import contrastive_loss
 from ..tokenizer import train_tokenizer
-from .batches import Sampler, caption_ids, pictures
+from .batches import LookAlikes, caption_ids, pictures
 from .captions import caption, full_caption
 from .dataset import sample_scenes
+from .judge import FEATURES, Judge
+from .scene import Scene
 from .store import PostcardStore
 
-# CLIP's published pixel statistics; an image processor of any library normalises with them.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 # No caption is longer, and a causal encoder's states do not depend on the padding that follows.
 _LONGEST_CAPTION = 48
-
-VISION = CLIPVisionConfig(
-    image_size=128,
-    patch_size=16,
-    hidden_size=192,
-    intermediate_size=768,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    projection_dim=192,
-)
+_WIDTH = 192
 
 
 def text_config(vocabulary: int) -> CLIPTextConfig:
     """The last id of the vocabulary is the end token."""
     return CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=192,
-        intermediate_size=768,
+        hidden_size=_WIDTH,
+        intermediate_size=4 * _WIDTH,
         num_hidden_layers=3,
         num_attention_heads=6,
-        projection_dim=192,
+        projection_dim=_WIDTH,
         eos_token_id=vocabulary - 1,
     )
 
 
 def make_tokenizer(
     folder: Path, *, captions: int = 40_000, merges: int = 1024, seed: int = 0
-) -> ClipTokenizer:
-    """Learn the tokenizer from captions of scenes; write it to ``folder``."""
+) -> tuple[ClipTokenizer, int]:
+    """Learn the tokenizer from captions of scenes and write it to ``folder``; also its vocabulary's size."""
     rng = np.random.default_rng(seed)
     scenes = sample_scenes(captions, seed)
-    train_tokenizer(
+    vocabulary = train_tokenizer(
         (write(scene, rng) for scene in scenes for write in (caption, full_caption)), merges, folder
     )
-    return ClipTokenizer(folder)
+    return ClipTokenizer(folder), vocabulary
 
 
 class ContrastivePair(nn.Module):
-    """Both encoders and the learned temperature."""
+    """The text encoder, what carries the judge's features into its space, and the learned temperature."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.text = CLIPTextEncoder(text_config(vocabulary), projection=True)
-        self.image = CLIPImageEncoder(VISION)
+        self.image = nn.Sequential(nn.LayerNorm(FEATURES), nn.Linear(FEATURES, _WIDTH, bias=False))
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        _initialise(self)
+        _initialise(self.text)
 
-    def embed(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [n, 3, h, w] in -1..1 and token ids [n, 77] -> two embeddings [n, d]."""
-        pixels = ((images + 1) / 2 - self.mean) / self.std
-        return self.image(pixels), self.text(ids).pooled
+    def embed(self, features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The judge's features [n, f] and token ids [n, 77] -> two embeddings [n, d]."""
+        return self.image(features), self.text(ids).pooled
 
 
-def _initialise(pair: ContrastivePair) -> None:
+def _initialise(text: CLIPTextEncoder) -> None:
     """Small embeddings and residual writers scaled down with depth, as transformers of this kind are started."""
-    for module in pair.modules():
+    for module in text.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-    for encoder in (pair.text.text_model.encoder, pair.image.vision_model.encoder):
-        for layer in encoder.layers:
-            for writer in (layer.self_attn.out_proj, layer.mlp.fc2):
-                nn.init.normal_(writer.weight, std=0.02 / (2 * len(encoder.layers)) ** 0.5)
-                nn.init.zeros_(writer.bias)
+    layers = text.text_model.encoder.layers
+    for layer in layers:
+        for writer in (layer.self_attn.out_proj, layer.mlp.fc2):
+            nn.init.normal_(writer.weight, std=0.02 / (2 * len(layers)) ** 0.5)
+            nn.init.zeros_(writer.bias)
+
+
+@torch.no_grad()
+def judged_features(judge: Judge, store: PostcardStore) -> Tensor:
+    """What the judge sees in every picture: float32 [n, f]."""
+    parts = [judge.features(pictures(store, rows)) for rows in batches(len(store.scenes), 250)]
+    return torch.cat(parts)
 
 
 def train_clip(
-    store: PostcardStore, tokenizer: ClipTokenizer, vocabulary: int, config: FitConfig, folder: Path
+    data: tuple[Tensor, list[Scene]],
+    tokenizer: ClipTokenizer,
+    vocabulary: int,
+    config: FitConfig,
+    folder: Path,
 ) -> ContrastivePair:
-    """Train both encoders on pictures and fresh captions."""
+    """Train on the judge's features [n, f] of scenes and fresh captions."""
     torch.manual_seed(config.seed)
+    features, scenes = data
     pair = ContrastivePair(vocabulary)
-    sampler = Sampler(len(store.scenes), config.batch_size, config.seed)
+    sampler = LookAlikes(scenes, config.batch_size, config.seed)
 
     def batch_loss(step: int) -> dict[str, Tensor]:
         rows = sampler.rows(step)
-        ids = caption_ids([store.scenes[r] for r in rows], tokenizer, config.seed, step)
-        images = pictures(store, rows).to(config.device)
+        ids = caption_ids([scenes[r] for r in rows], tokenizer, config.seed, step)
         with mixed_precision(config.device):
-            images, texts = pair.embed(images, ids[:, :_LONGEST_CAPTION].to(config.device))
-        loss = contrastive_loss(
-            images.float(), texts.float(), pair.log_scale.clamp(max=np.log(100.0))
-        )
+            seen, told = pair.embed(
+                features[rows].to(config.device), ids[:, :_LONGEST_CAPTION].to(config.device)
+            )
+        loss = contrastive_loss(seen.float(), told.float(), pair.log_scale.clamp(max=np.log(100.0)))
         return {"loss": loss, "scale": pair.log_scale.exp()}
 
     fit(pair, batch_loss, config, folder)
@@ -116,15 +119,11 @@ def train_clip(
 
 @torch.no_grad()
 def retrieval_accuracy(
-    pair: ContrastivePair, store: PostcardStore, tokenizer: ClipTokenizer, count: int
+    pair: ContrastivePair, features: Tensor, scenes: list[Scene], tokenizer: ClipTokenizer
 ) -> float:
-    """Share of ``count`` pictures whose full caption is the nearest of all ``count`` captions."""
+    """Share of pictures, given as features [n, f], whose full caption is the nearest of all n captions."""
     rng = np.random.default_rng(0)
-    ids = torch.from_numpy(
-        np.concatenate([tokenizer(full_caption(s, rng)) for s in store.scenes[:count]])
-    )
-    images, texts = pair.embed(pictures(store, slice(0, count)), ids)
-    nearest = (
-        nn.functional.normalize(images, dim=-1) @ nn.functional.normalize(texts, dim=-1).T
-    ).argmax(dim=1)
-    return float((nearest == torch.arange(count)).double().mean())
+    ids = torch.from_numpy(np.concatenate([tokenizer(full_caption(s, rng)) for s in scenes]))
+    seen, told = (nn.functional.normalize(e, dim=-1) for e in pair.embed(features, ids))
+    nearest = (seen @ told.T).argmax(dim=1)
+    return float((nearest == torch.arange(len(scenes))).double().mean())

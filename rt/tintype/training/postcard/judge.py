@@ -21,6 +21,7 @@ from .store import PostcardStore
 # The sky is free decoration; these are what prompt accuracy counts.
 JUDGED = ("time", "place", "weather", "subject", "colour", "count", "position")
 _WIDTHS = (32, 64, 96, 128)
+FEATURES = 192  # width of the last hidden layer, which CLIP meets the judge at
 
 
 class _Block(nn.Module):
@@ -48,17 +49,21 @@ class Judge(nn.Module):
         widths = (_WIDTHS[0], *_WIDTHS)
         self.blocks = nn.ModuleList(_Block(i, o, stride=2) for i, o in pairwise(widths))
         self.narrow = nn.Conv2d(_WIDTHS[-1], 48, 1)
-        self.hidden = nn.Linear(48 * 16 + _WIDTHS[-1], 192)
+        self.hidden = nn.Linear(48 * 16 + _WIDTHS[-1], FEATURES)
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()}
+            {name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()}
         )
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def features(self, images: Tensor) -> Tensor:
+        """What all attributes are read from: [n, FEATURES]."""
         x = F.relu(self.stem(images))
         for block in self.blocks:
             x = block(x)
-        features = torch.cat([F.relu(self.narrow(x)).flatten(1), x.mean(dim=(2, 3))], dim=1)
-        h = F.relu(self.hidden(features))
+        h = torch.cat([F.relu(self.narrow(x)).flatten(1), x.mean(dim=(2, 3))], dim=1)
+        return F.relu(self.hidden(h))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        h = self.features(images)
         return {name: head(h) for name, head in self.heads.items()}
 
 

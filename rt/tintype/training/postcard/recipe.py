@@ -17,8 +17,8 @@ class Recipe:
     encoded: int
     channels: tuple[int, ...]
     layers: int
-    clip: FitConfig
     judge: FitConfig
+    clip: FitConfig
     autoencoder: FitConfig
     denoiser: FitConfig
 
@@ -32,7 +32,7 @@ class Recipe:
         return replace(self, **{stage: replace(getattr(self, stage), steps=steps)})
 
 
-FITTED = ("clip", "judge", "autoencoder", "denoiser")
+FITTED = ("judge", "clip", "autoencoder", "denoiser")
 
 RECIPES: Mapping[str, Recipe] = {
     # About two hours on two CPU cores: what the box ships.
@@ -41,8 +41,8 @@ RECIPES: Mapping[str, Recipe] = {
         encoded=30_000,
         channels=(64, 128, 192),
         layers=1,
-        clip=FitConfig(500, 192, 1e-3, weight_decay=0.1, cooldown=0.3, ema_decay=0.99),
         judge=FitConfig(2000, 64, 2e-3, cooldown=0.3, ema_decay=0.999),
+        clip=FitConfig(2000, 192, 1e-3, weight_decay=0.1, cooldown=0.2, ema_decay=0.99),
         autoencoder=FitConfig(3000, 32, 1e-3, matrix_rate=4e-3, warmup=30, ema_decay=0.995),
         denoiser=FitConfig(4500, 64, 1e-3, matrix_rate=4e-3),
     ),
@@ -52,8 +52,8 @@ RECIPES: Mapping[str, Recipe] = {
         encoded=200_000,
         channels=(96, 160, 224),
         layers=1,
-        clip=FitConfig(8000, 512, 1e-3, weight_decay=0.1, ema_decay=0.999),
         judge=FitConfig(6000, 128, 2e-3, ema_decay=0.999),
+        clip=FitConfig(8000, 512, 1e-3, weight_decay=0.1, ema_decay=0.999),
         autoencoder=FitConfig(30_000, 64, 1e-3, matrix_rate=4e-3, ema_decay=0.999),
         denoiser=FitConfig(60_000, 256, 1e-3, matrix_rate=4e-3, ema_decay=0.9995),
     ),

@@ -1,10 +1,11 @@
 """The stages of training the models in the box, each reading what the ones before it wrote.
 
-DATA/            pictures.npy, data.json                       data
-OUT/model/       the checkpoint, diffusers layout              clip, autoencoder, denoiser
-OUT/model/judge/ the judge's weights                           judge
-OUT/work/STAGE/  state to resume from, log.jsonl               every fitted stage
-OUT/figures.json what was measured                             every fitted stage, accuracy
+DATA/                    pictures.npy, data.json                  data
+OUT/model/               the checkpoint, diffusers layout         clip, autoencoder, denoiser
+OUT/model/judge/         the judge's weights                      judge
+OUT/model/training.json  how each model was fitted, what it does  every fitted stage, accuracy
+OUT/model/README.md      the same for people                      accuracy
+OUT/work/STAGE/          state to resume from, log.jsonl          every fitted stage
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from . import assemble
 from .autoencoder import CONFIG, encode_all, reconstruction_psnr, train_autoencoder
 from .batches import pictures
 from .card import write_card
-from .clip import make_tokenizer, retrieval_accuracy, train_clip
+from .clip import judged_features, make_tokenizer, retrieval_accuracy, train_clip
 from .dataset import render_many
 from .denoiser import new_denoiser, train_denoiser
 from .evaluate import prompt_accuracy, prompts
@@ -39,6 +40,7 @@ from .judge import accuracy, load_judge, save_judge, train_judge
 from .recipe import Recipe
 from .store import PostcardStore, open_store, write_store
 
+_RECORD = "training.json"
 _DATA_SEED, _FRESH_SEED, _PROMPT_SEED = 1, 3, 5
 _FRESH, _PROMPTS, _STEPS, _GUIDANCE = 2000, 150, 20, 4.0
 
@@ -71,14 +73,27 @@ class Workshop:
         """A trained part, float32, on the host."""
         return open_checkpoint(self.model).component(name, torch.float32, torch.device("cpu"))
 
-    def record(self, stage: str, figures: Mapping[str, Any]) -> None:
-        """Add a stage's figures to OUT/figures.json."""
-        write_json(self.out / "figures.json", self.figures() | {stage: dict(figures)})
+    def record(self, name: str, figures: Any) -> None:
+        """Add what was measured to the model's training.json."""
+        write_json(self.model / _RECORD, self.recorded() | {name: figures})
 
-    def figures(self) -> dict[str, Any]:
-        """What has been measured so far."""
-        path = self.out / "figures.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+    def recorded(self) -> dict[str, Any]:
+        """How this model was trained and what was measured so far."""
+        return _read_record(self.model)
+
+    def record_fit(self, stage: str) -> None:
+        """Note how a stage was fitted, behind what the checkpoint that it started from says of itself."""
+        last = json.loads((self.work(stage) / "log.jsonl").read_text().splitlines()[-1])
+        fit = asdict(getattr(self.recipe, stage))
+        fit |= {"recipe": self.recipe_name, "steps": last["step"], "seconds": last["seconds"]}
+        before = _read_record(self.start).get("fits", {}) if self.start else {}
+        fits = self.recorded().get("fits", {})
+        self.record("fits", fits | {stage: [*before.get(stage, []), fit]})
+
+
+def _read_record(model: Path) -> dict[str, Any]:
+    path = model / _RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def data(shop: Workshop) -> None:
@@ -86,13 +101,23 @@ def data(shop: Workshop) -> None:
     write_store(shop.data, shop.recipe.pictures, _DATA_SEED)
 
 
+def judge(shop: Workshop) -> None:
+    """The reader of attributes, measured on fresh renders."""
+    trained = train_judge(shop.store(), shop.recipe.judge, shop.work("judge")).cpu()
+    save_judge(trained, shop.model / "judge")
+    fresh = _fresh(_FRESH)
+    shop.record_fit("judge")
+    shop.record("judge", accuracy(trained, lambda rows: pictures(fresh, rows), fresh.scenes))
+
+
 def clip(shop: Workshop) -> None:
-    """Tokenizer, then text and image encoder."""
-    store, tokenizer = shop.store(), make_tokenizer(shop.model / "tokenizer")
-    vocabulary = len(
-        json.loads((shop.model / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    )
-    pair = train_clip(store, tokenizer, vocabulary, shop.recipe.clip, shop.work("clip")).cpu()
+    """Tokenizer, then the text encoder, which learns to say what the judge sees."""
+    store, reader = shop.store(), load_judge(shop.model / "judge")
+    tokenizer, vocabulary = make_tokenizer(shop.model / "tokenizer")
+    seen = judged_features(reader, store)
+    pair = train_clip(
+        (seen, store.scenes), tokenizer, vocabulary, shop.recipe.clip, shop.work("clip")
+    ).cpu()
     assemble.save_index(shop.model)
     assemble.save_text_encoder(pair.text, shop.model / "text_encoder")
     # Untrained parts make the folder a whole checkpoint from now on.
@@ -100,16 +125,9 @@ def clip(shop: Workshop) -> None:
     unet = new_denoiser(shop.recipe.channels, shop.recipe.layers, shop.recipe.denoiser.seed)
     assemble.save_denoiser(unet, shop.model / "unet")
     fresh = _fresh(200)
-    found = retrieval_accuracy(pair, fresh, tokenizer, len(fresh.scenes))
+    found = retrieval_accuracy(pair, judged_features(reader, fresh), fresh.scenes, tokenizer)
+    shop.record_fit("clip")
     shop.record("clip", {"retrieval": found, "among": len(fresh.scenes)})
-
-
-def judge(shop: Workshop) -> None:
-    """The reader of attributes, measured on fresh renders."""
-    trained = train_judge(shop.store(), shop.recipe.judge, shop.work("judge")).cpu()
-    save_judge(trained, shop.model / "judge")
-    fresh = _fresh(_FRESH)
-    shop.record("judge", accuracy(trained, lambda rows: pictures(fresh, rows), fresh.scenes))
 
 
 def autoencoder(shop: Workshop) -> None:
@@ -123,6 +141,7 @@ def autoencoder(shop: Workshop) -> None:
 
     with torch.no_grad():
         read = accuracy(reader, decoded, fresh.scenes)
+    shop.record_fit("autoencoder")
     shop.record(
         "autoencoder",
         {
@@ -152,6 +171,7 @@ def denoiser(shop: Workshop) -> None:
         shop.work("denoiser"),
     )
     assemble.save_denoiser(unet.cpu(), shop.model / "unet")
+    shop.record_fit("denoiser")
 
 
 def measure(shop: Workshop) -> None:
@@ -164,9 +184,7 @@ def measure(shop: Workshop) -> None:
     settings = {"num_inference_steps": _STEPS, "scheduler": "dpmpp_2m", "guidance_scale": _GUIDANCE}
     read = {name: prompt_accuracy(pipeline, reader, p, **settings) for name, p in asked.items()}
     shop.record("prompt_accuracy", {**settings, "prompts": _PROMPTS, **read})
-    write_card(
-        shop.model / "README.md", shop.recipe_name, shop.recipe, shop.out / "work", shop.figures()
-    )
+    write_card(shop.model / "README.md", shop.recipe, shop.recorded())
 
 
 def _fresh(count: int) -> PostcardStore:
@@ -176,8 +194,8 @@ def _fresh(count: int) -> PostcardStore:
 
 STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "data": data,
-    "clip": clip,
     "judge": judge,
+    "clip": clip,
     "autoencoder": autoencoder,
     "denoiser": denoiser,
     "accuracy": measure,
