@@ -17,13 +17,17 @@ from tintype.pipeline import Pipeline
 from tintype.schedulers import make_table, names
 
 _MARGIN, _LINE = 4, 14  # pixels
+Judge = Callable[[str, int, Any], float]
 # The plainest method of each kind of model; in many small steps it follows the model's own path.
 _REFERENCES = ("euler", "flow_euler", "edm_euler")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture [h, w, 3] in 0..1; `distance` is the root mean square difference to the reference's."""
+    """One picture [h, w, 3] in 0..1; `distance` is the root mean square difference to the reference's.
+
+    `accuracy` is the share of what prompts said that is in their pictures, where that was measured.
+    """
 
     scheduler: str
     steps: int
@@ -31,6 +35,18 @@ class Cell:
     seconds: float
     distance: float
     image: Floats
+    accuracy: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the picture, for JSON."""
+        listed = {
+            "scheduler": self.scheduler,
+            "steps": self.steps,
+            "evaluations": self.evaluations,
+            "seconds": round(self.seconds, 4),
+            "distance": round(self.distance, 6),
+        }
+        return listed if self.accuracy is None else listed | {"accuracy": round(self.accuracy, 4)}
 
 
 @dataclass(frozen=True)
@@ -45,16 +61,7 @@ class Comparison:
 
     def figures(self) -> dict[str, Any]:
         """Everything but the pictures, for JSON."""
-        listed = [
-            {
-                "scheduler": cell.scheduler,
-                "steps": cell.steps,
-                "evaluations": cell.evaluations,
-                "seconds": round(cell.seconds, 4),
-                "distance": round(cell.distance, 6),
-            }
-            for cell in self.cells
-        ]
+        listed = [cell.figures() for cell in self.cells]
         return {
             "model": self.model,
             "prompt": self.prompt,
@@ -92,10 +99,12 @@ def compare(
     steps: Sequence[int] = (5, 10, 20, 50),
     reference_steps: int = 1000,
     on_step: Callable[[int, int], Any] | None = None,
+    judge: Judge | None = None,
 ) -> Comparison:
     """Make a picture with each of `schedulers`, by default all that sample the model, at each of `steps`.
 
     All begin with the same noise. Methods that add noise on the way reach other pictures than the reference.
+    `judge(scheduler, steps, guidance_scale)` measures how true to its prompts a method's pictures are.
     """
     config = pipeline.family.scheduler_config
     plan = _plan(config, schedulers, steps)
@@ -113,9 +122,12 @@ def compare(
         made.append(_picture(pipeline, prompt, name, count, asked | {"callback_on_step_end": note}))
         done += evaluations
     reference = made[-1][0]
+    judged = [None if judge is None else judge(*key, asked["guidance_scale"]) for key in plan[:-1]]
     cells = [
-        Cell(*key, evaluations, seconds, _distance(image, reference), image)
-        for key, evaluations, (image, seconds) in zip(plan, counts, made, strict=True)
+        Cell(*key, evaluations, seconds, _distance(image, reference), image, accuracy)
+        for key, evaluations, (image, seconds), accuracy in zip(
+            plan, counts, made, [*judged, None], strict=True
+        )
     ]
     return Comparison(pipeline.name, prompt, cells=cells, **asked)
 
@@ -166,4 +178,5 @@ def _title(cell: Cell, *, reference: bool) -> str:
 
 
 def _measured(cell: Cell) -> str:
-    return f"{cell.seconds:.2f} s, rms {cell.distance:.3f}"
+    figure = f"rms {cell.distance:.3f}" if cell.accuracy is None else f"{cell.accuracy:.0%} right"
+    return f"{cell.seconds:.2f} s, {figure}"

@@ -17,15 +17,30 @@ Scale = float | Sequence[float] | Callable[[float], float]
 
 @dataclass(frozen=True)
 class Guidance:
-    """A scale for each evaluation of the model, of which 1 or less means none, and how far deviations are restored."""
+    """A scale for each evaluation of the model, of which 1 or less means none.
+
+    `rescale` says how far deviations are drawn back to the prompt's own, `parallel` how much stays of what guidance
+    does along the output itself.
+    """
 
     scales: tuple[float, ...]
     rescale: float = 0.0
+    parallel: float = 1.0
 
     @property
     def applies(self) -> bool:
         """Whether any step is guided."""
         return any(scale > 1 for scale in self.scales)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the plain extrapolation, which the fused step does in passing."""
+        return self.rescale == 0 and self.parallel == 1
+
+    def steered(self, m: Floats, m_uncond: Floats, scale: float) -> Floats:
+        """The guided output of m and m_uncond [n, c, h, w] where it is not linear."""
+        guided = projected(m, m_uncond, scale, self.parallel)
+        return rescaled(guided, m, self.rescale) if self.rescale else guided
 
 
 def interval(scale: float, begin: float = 0.0, end: float = 1.0) -> Callable[[float], float]:
@@ -55,12 +70,25 @@ def scales(value: Scale, evaluations: int, begin: float) -> tuple[float, ...]:
     return (value,) * evaluations
 
 
-def rescaled(m: Floats, m_uncond: Floats, scale: float, amount: float) -> Floats:
-    """Guided output whose deviation is drawn back to the conditional one's by `amount` (Lin et al. 2024, section 3.4).
+def projected(m: Floats, m_uncond: Floats, scale: float, parallel: float) -> Floats:
+    """Guidance with `parallel` of its part along m, which saturates colours, and all of the rest.
+
+    Sadat et al., ICLR 2025 (arXiv 2410.02416), section 4; `parallel` 1 is the plain extrapolation.
+    """
+    axes = tuple(range(1, m.ndim))
+    difference = m - m_uncond
+    along, square = (
+        np.sum(each * m, axis=axes, keepdims=True, dtype=np.float64) for each in (difference, m)
+    )
+    share = np.float32(parallel - 1) * (along / np.maximum(square, np.finfo(np.float32).tiny))
+    return m + np.float32(scale - 1) * (difference + share.astype(np.float32) * m)
+
+
+def rescaled(guided: Floats, m: Floats, amount: float) -> Floats:
+    """`guided` with its deviation drawn back to that of m by `amount` (Lin et al. 2024, section 3.4).
 
     Arrays are [n, c, h, w]; deviations are each sample's own.
     """
-    guided = m_uncond + np.float32(scale) * (m - m_uncond)
     axes = tuple(range(1, m.ndim))
     ratio = m.std(axis=axes, keepdims=True, ddof=1) / guided.std(axis=axes, keepdims=True, ddof=1)
     factor = np.float32(amount) * ratio + np.float32(1 - amount)

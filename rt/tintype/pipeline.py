@@ -87,6 +87,7 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_step_end: OnStep | None = None,
         guidance_rescale: float = 0.0,
+        guidance_parallel: float = 1.0,
         prompt_weighting: bool = False,
         long_prompts: bool = False,
         interpolate_from: tuple[int, int] | None = None,
@@ -95,8 +96,10 @@ class Pipeline:
 
         `guidance_scale` is a number, a list of one a step, or a function of progress in 0..1, such as
         `tintype.guidance.interval(7.5, 0.1, 0.8)`; 1 or less means no guidance, and `guidance_rescale` draws the
-        guided output's deviation back to the prompt's own. `latents` is the unit noise to begin from,
-        [n, c, h/f, w/f].
+        guided output's deviation back to the prompt's own; `guidance_parallel` below 1 keeps only that share of what
+        guidance does along the output itself, which lets strong scales stay true to colour.
+
+        `latents` is the unit noise to begin from, [n, c, h/f, w/f].
 
         `image` (PIL, numpy, torch, or a list) is what to begin from, after `strength` of the steps' noise, and
         `mask_image` says, in white, where to paint it anew; both are cropped and scaled to the size asked for, by
@@ -127,6 +130,7 @@ class Pipeline:
             ),
             "strength": _strength(strength, image, mask_image, interpolate_from),
             "guidance_rescale": share("guidance_rescale", guidance_rescale, least=0),
+            "guidance_parallel": share("guidance_parallel", guidance_parallel, least=0),
             "prompt_weighting": prompt_weighting,
             "long_prompts": long_prompts,
             "interpolate_from": interpolate_from,

@@ -39,6 +39,7 @@ class ImageRequest:
     mask: Floats | None = None
     strength: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_parallel: float = 1.0
     prompt_weighting: bool = False
     long_prompts: bool = False
     interpolate_from: tuple[int, int] | None = None

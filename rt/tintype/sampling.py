@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.errors import TintypeError
-from tintype.guidance import Guidance, rescaled
+from tintype.guidance import Guidance
 from tintype.noise import step_noise
 from tintype.schedulers import Table
 from tintype_kernels import scheduler_step
@@ -56,10 +56,10 @@ def walk(
         m, m_uncond = predict(c_in[step] * x, times[step], scale > 1)
         row = plain
         if m_uncond is not None:
-            if guidance.rescale:
-                m, m_uncond = rescaled(m, m_uncond, scale, guidance.rescale), None
-            else:
+            if guidance.is_linear:
                 row = plain._replace(guidance=scale)
+            else:
+                m, m_uncond = guidance.steered(m, m_uncond, scale), None
         x, h = scheduler_step(x, m, m_uncond, history, row, noise(step) if row.s else None)
         require_finite("denoise", x, f" at step {step + 1} of {len(table)}")
         history = [h, *history][: table.history]

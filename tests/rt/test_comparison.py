@@ -76,6 +76,16 @@ def test_the_command_writes_a_picture_and_its_figures(tiny_bundle, tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.json", "grid.png"]
 
 
+def test_a_model_in_the_box_is_judged(tmp_path, capsys):
+    target = tmp_path / "grid.png"
+    asked = ["--scheduler", "ddim", "--steps", "1", "8", "--reference", "8", "--prompts", "6"]
+    assert main(["schedulers", "--compare", "postcard", "-o", str(target), *asked, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    one_step, eight_steps = (cell["accuracy"] for cell in printed["cells"])
+    assert one_step < eight_steps <= 1
+    assert "accuracy" not in printed["reference"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +93,7 @@ def test_the_command_writes_a_picture_and_its_figures(tiny_bundle, tmp_path, cap
         (["-o", "x.png"], "--compare"),
         (["--compare", "MODEL", "-o", "x.png", "--scheduler", "warp"], "warp"),
         (["--compare", "MODEL", "-o", "x.png", "--steps", "0"], "num_inference_steps=0"),
+        (["--compare", "MODEL", "-o", "x.png", "--prompts", "3"], "a model with a judge"),
     ],
 )
 def test_bad_usage_is_one_line(tiny_bundle, tmp_path, monkeypatch, capsys, arguments, message):

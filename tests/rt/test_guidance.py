@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 import tintype
 from tintype.errors import RequestError
-from tintype.guidance import check_scale, interval, rescaled, scales
+from tintype.guidance import check_scale, interval, projected, rescaled, scales
 from tintype.pipeline import Pipeline
 from tolerances import KERNEL_STEP, relative_error
 
@@ -82,17 +83,35 @@ def test_progress_counts_from_what_is_left_out():
 
 @pytest.mark.parametrize("amount", [0.3, 1.0])
 def test_rescaling_is_diffusers_own(amount):
-    m, uncond = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 6)).astype(np.float32)
-    guided = torch.from_numpy(uncond + 7.5 * (m - uncond))
-    expected = rescale_noise_cfg(guided, torch.from_numpy(m), amount)
+    m, guided = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 6)).astype(np.float32)
+    expected = rescale_noise_cfg(torch.from_numpy(guided), torch.from_numpy(m), amount)
     # a deviation is one sum more
-    assert relative_error(rescaled(m, uncond, 7.5, amount), expected) < 2 * KERNEL_STEP
+    assert relative_error(rescaled(guided, m, amount), expected) < 2 * KERNEL_STEP
 
 
-def test_rescaling_reaches_the_loop(tiny_pipeline):
+@pytest.mark.parametrize("parallel", [0.0, 0.4, 1.0])
+def test_projected_guidance_is_diffusers_own(parallel):
+    m, uncond = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 6)).astype(np.float32)
+    # theirs counts the scale from the conditional output
+    expected = normalized_guidance(
+        torch.from_numpy(m), torch.from_numpy(uncond), 6.5, None, parallel, 0.0, True
+    )
+    assert relative_error(projected(m, uncond, 7.5, parallel), expected) < KERNEL_STEP
+
+
+def test_without_a_parallel_part_guidance_adds_nothing_along_the_output():
+    m, uncond = np.random.default_rng(1).standard_normal((2, 1, 4, 5, 6)).astype(np.float32)
+    added = projected(m, uncond, 7.5, 0.0).astype(np.float64) - m
+    assert abs(np.sum(added * m)) < KERNEL_STEP * np.linalg.norm(added) * np.linalg.norm(m)
+
+
+@pytest.mark.parametrize(
+    ("option", "plainest"), [("guidance_rescale", 0.0), ("guidance_parallel", 1.0)]
+)
+def test_options_reach_the_loop(tiny_pipeline, option, plainest):
     plain = latents(tiny_pipeline, 7.5)
-    assert not np.array_equal(latents(tiny_pipeline, 7.5, guidance_rescale=0.7), plain)
-    np.testing.assert_array_equal(latents(tiny_pipeline, 7.5, guidance_rescale=0.0), plain)
+    assert not np.array_equal(latents(tiny_pipeline, 7.5, **{option: 0.7}), plain)
+    np.testing.assert_array_equal(latents(tiny_pipeline, 7.5, **{option: plainest}), plain)
 
 
 @pytest.mark.parametrize("bad", ["much", None, [1.0], [1.0, np.inf], (np.nan, 1.0)])

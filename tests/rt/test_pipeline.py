@@ -211,6 +211,7 @@ def test_guidance_must_be_finite(tiny_pipeline, bad):
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale has 2 entries for 4 steps"),
         ({"guidance_scale": lambda progress: np.nan}, "guidance_scale=nan"),
         ({"guidance_rescale": 2}, "guidance_rescale=2"),
+        ({"guidance_parallel": -1}, "guidance_parallel=-1"),
         ({"interpolate_from": (32, 32), "image": np.zeros((8, 8, 3))}, "takes no image"),
     ],
 )

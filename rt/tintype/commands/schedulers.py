@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tintype.commands.output import Progress, require_writable, write_whole
-from tintype.errors import RequestError
+from tintype.errors import BackendUnavailable, RequestError
+from tintype.loading import resolve
 
 if TYPE_CHECKING:
-    from tintype.comparison import Comparison
+    from tintype.comparison import Comparison, Judge
+    from tintype.pipeline import Pipeline
 
+_PROMPT_SEED = 5
 _PROMPT = "a red lighthouse on a rocky coast at dusk"
 
 
@@ -34,6 +37,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], metavar="N")
     parser.add_argument(
         "--reference", type=int, default=1000, metavar="N", help="steps of the reference"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also measure prompt accuracy on this many held-out prompts (models in the box)",
     )
     parser.add_argument("--backend", default="auto", help="see `tintype inspect`")
     add_common(parser)
@@ -79,6 +89,38 @@ def _compare(options: argparse.Namespace) -> Comparison:
             steps=options.steps,
             reference_steps=options.reference,
             on_step=progress,
+            judge=_judge(pipeline, options),
         )
     finally:
         progress.close()
+
+
+def _judge(pipeline: Pipeline, options: argparse.Namespace) -> Judge | None:
+    """What measures prompt accuracy, where that was asked for."""
+    if options.prompts == 0:
+        return None
+    folder = resolve(options.compare) / "judge"
+    if options.prompts < 0 or not folder.is_dir():
+        raise RequestError(
+            f"--prompts {options.prompts} counts prompts for a judge to read; it takes at least 0, and "
+            "a model with a judge beside it, such as postcard"
+        )
+    try:
+        from tintype.training.postcard.evaluate import prompt_accuracy, prompts
+        from tintype.training.postcard.judge import load_judge
+    except ImportError as error:
+        raise BackendUnavailable("--prompts needs torch; pip install 'tintype[torch]'") from error
+    reader, asked = load_judge(folder), prompts(options.prompts, _PROMPT_SEED, held_out=True)
+
+    def judge(scheduler: str, steps: int, guidance_scale: Any) -> float:
+        read = prompt_accuracy(
+            pipeline,
+            reader,
+            asked,
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+        )
+        return read["overall"]
+
+    return judge

@@ -217,7 +217,8 @@ class LatentUNet:
 
     def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
         begin = request.start / request.steps
-        return Guidance(scales(request.guidance, len(table), begin), request.guidance_rescale)
+        steps = scales(request.guidance, len(table), begin)
+        return Guidance(steps, request.guidance_rescale, request.guidance_parallel)
 
     def _edit(
         self, requests: Sequence[ImageRequest], known: dict[int, Floats], timings: Timings
