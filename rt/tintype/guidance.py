@@ -81,7 +81,8 @@ def projected(m: Floats, m_uncond: Floats, scale: float, parallel: float) -> Flo
         np.sum(each * m, axis=axes, keepdims=True, dtype=np.float64) for each in (difference, m)
     )
     share = np.float32(parallel - 1) * (along / np.maximum(square, np.finfo(np.float32).tiny))
-    return m + np.float32(scale - 1) * (difference + share.astype(np.float32) * m)
+    update = difference + share.astype(np.float32) * m
+    return np.asarray(m + np.float32(scale - 1) * update, np.float32)
 
 
 def rescaled(guided: Floats, m: Floats, amount: float) -> Floats:
