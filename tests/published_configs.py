@@ -162,3 +162,82 @@ SD15_SCHEDULER: Config = {
     "trained_betas": None,
     "clip_sample": False,
 }
+
+_SD3: Config = {
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "sample_size": 128,
+}
+SD3_TRANSFORMERS: dict[str, Config] = {
+    "sd3-medium": {
+        **_SD3,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "num_attention_heads": 24,
+        "num_layers": 24,
+        "pos_embed_max_size": 192,
+    },
+    "sd35-medium": {
+        **_SD3,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "dual_attention_layers": list(range(13)),
+        "num_attention_heads": 24,
+        "num_layers": 24,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+    },
+    "sd35-large": {
+        **_SD3,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 2432,
+        "dual_attention_layers": [],
+        "num_attention_heads": 38,
+        "num_layers": 38,
+        "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    },
+}
+_FLUX: Config = {
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+FLUX_TRANSFORMERS: dict[str, Config] = {
+    "flux1-dev": {**_FLUX, "guidance_embeds": True},
+    "flux1-schnell": {**_FLUX, "guidance_embeds": False},
+}
+T5_XXL: Config = {
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 4096,
+    "decoder_start_token_id": 0,
+    "dense_act_fn": "gelu_new",
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "t5",
+    "num_decoder_layers": 24,
+    "num_heads": 64,
+    "num_layers": 24,
+    "output_past": True,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 32128,
+}

@@ -19,7 +19,9 @@ _PROVENANCE = frozenset(
         "dtype",
         "transformers_version",
         "dropout",
+        "dropout_rate",
         "attention_dropout",
+        "classifier_dropout",
     }
     | {
         "initializer_factor",

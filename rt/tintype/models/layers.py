@@ -1,4 +1,4 @@
-"""The blocks that the convolutional architectures share: residual block, resampling, group-normalised entry."""
+"""The blocks that several architectures share: residual block, resampling, heads and tokens, embedded times."""
 
 from __future__ import annotations
 
@@ -87,3 +87,15 @@ def sinusoidal_embedding(
     )
     parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """[n, c_in] -> [n, c_out] by two linear layers around a SiLU."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))

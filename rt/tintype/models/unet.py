@@ -17,6 +17,7 @@ from tintype.models.config import from_json, per_level
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
+    TimestepEmbedding,
     Upsample,
     image_to_tokens,
     merge_heads,
@@ -70,18 +71,6 @@ class UNetConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> UNetConfig:
         return from_json(cls, raw, component="unet", neutral=_NEUTRAL)
-
-
-class TimestepEmbedding(nn.Module):
-    """[n, c_in] -> [n, c_out] by two linear layers around a SiLU."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(c_in, c_out)
-        self.linear_2 = nn.Linear(c_out, c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class Attention(nn.Module):
