@@ -69,8 +69,8 @@ def test_it_draws_what_held_out_prompts_say(postcard):
     asked = prompts(12, 77, held_out=True)
     assert all(is_held_out(scene) for scene in asked.scenes)
     read = prompt_accuracy(postcard, load_judge(POSTCARD / "judge"), asked, num_inference_steps=20)
-    # Twelve prompts, seven readings each: three standard errors below the measured share in the model card.
-    assert read["overall"] > 0.5
+    # The goal; the model card has what was measured on more prompts.
+    assert read["overall"] >= 0.9
 
 
 def test_the_card_says_how_it_was_made_and_what_was_measured():
