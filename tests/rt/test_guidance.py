@@ -11,33 +11,11 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 import tintype
 from tintype.errors import RequestError
 from tintype.guidance import check_scale, interval, projected, rescaled, scales
-from tintype.pipeline import Pipeline
 from tolerances import KERNEL_STEP, relative_error
+from watched import watched
 
 PROMPT = "a red lighthouse"
 SETTINGS = {"seed": 5, "output_type": "latent", "num_inference_steps": 6}
-
-
-class Rows:
-    """Notes how many rows each denoiser run has."""
-
-    def __init__(self, inner):
-        self.inner, self.ran = inner, []
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def run(self, stage, profile, inputs):
-        if stage == "denoise":
-            self.ran.append(len(inputs["sample"]))
-        return self.inner.run(stage, profile, inputs)
-
-
-def noted(pipeline):
-    family = pipeline.family
-    backend = Rows(family.backend)
-    own = type(family)(backend, family.tokenizers, family.scheduler_config, family.defaults)
-    return Pipeline(pipeline.name, own, pipeline.backend_reason), backend
 
 
 def latents(pipeline, scale, **options):
@@ -59,9 +37,9 @@ def test_a_number_a_list_and_a_function_agree(tiny_pipeline):
 
 
 def test_the_unconditional_pass_is_left_out_where_the_scale_is_one(tiny_pipeline):
-    pipeline, backend = noted(tiny_pipeline)
+    pipeline, backend = watched(tiny_pipeline)
     latents(pipeline, interval(3.0, 1 / 3, 2 / 3))
-    assert backend.ran == [1, 1, 2, 2, 1, 1]
+    assert backend.rows == [1, 1, 2, 2, 1, 1]
 
 
 def test_an_interval_equals_its_list(tiny_pipeline):
@@ -121,12 +99,12 @@ def test_bad_scales_are_named(bad):
 
 
 def test_a_bundle_of_single_rows_is_guided_one_row_at_a_time(tiny_pipeline):
-    pipeline, backend = noted(tiny_pipeline)
+    pipeline, backend = watched(tiny_pipeline)
     every = backend.inner.profiles
     backend.profiles = lambda stage: [name for name in every(stage) if "-b2" not in name]
     one_by_one = latents(pipeline, 3.0)
-    assert set(backend.ran) == {1}
-    assert len(backend.ran) == 12
+    assert set(backend.rows) == {1}
+    assert len(backend.rows) == 12
     assert relative_error(one_by_one, latents(tiny_pipeline, 3.0)) < KERNEL_STEP * 10
 
 

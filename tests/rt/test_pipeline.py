@@ -19,12 +19,11 @@ from PIL import Image
 
 import tintype
 from tintype.errors import Cancelled, ProfileError, RequestError, TintypeError
-from tintype.families.latent_unet import LatentUNet
 from tintype.noise import initial_noise
-from tintype.pipeline import Pipeline
 from tintype.tokenizer import ClipTokenizer
 from tiny_bundle import SCHEDULER, random_weights
 from tolerances import TINY_GRAPH, relative_error
+from watched import with_backend
 
 THEIRS = {
     "ddim": DDIMScheduler,
@@ -258,9 +257,7 @@ class Recorder:
 
 def recorded(pipeline, **options):
     backend = Recorder(pipeline.family.backend, **options)
-    family = pipeline.family
-    wrapped = LatentUNet(backend, family.tokenizers, family.scheduler_config, family.defaults)
-    return Pipeline(pipeline.name, wrapped, pipeline.backend_reason), backend
+    return with_backend(pipeline, backend), backend
 
 
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])

@@ -10,15 +10,14 @@ import torch
 
 import tintype
 from tintype.errors import ProfileError, RequestError, TintypeError
-from tintype.families.latent_unet import LatentUNet
 from tintype.guidance import Guidance
 from tintype.noise import initial_noise, step_noise
-from tintype.pipeline import Pipeline
 from tintype.profiles import cut
 from tintype.sampling import StepNoise, walk
 from tintype.schedulers import make_table
 from tiny_bundle import SCHEDULER
 from tolerances import KERNEL_STEP, LOOP_MICROSECONDS, TINY_GRAPH, relative_error
+from watched import watched
 
 PROMPT = "a red lighthouse"
 STOCHASTIC = ["ddpm", "euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lcm"]
@@ -75,30 +74,6 @@ def test_rows_are_cut_into_the_profiles_there_are(rows, batches, expected):
     assert cut(rows, batches) == expected
 
 
-class Together:
-    """A backend that lets pictures be walked together, and notes the rows of each denoiser run."""
-
-    batch_invariant = False
-
-    def __init__(self, inner):
-        self.inner, self.ran = inner, []
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def run(self, stage, profile, inputs):
-        if stage == "denoise":
-            self.ran.append((profile, len(inputs["sample"])))
-        return self.inner.run(stage, profile, inputs)
-
-
-def together(pipeline):
-    family = pipeline.family
-    backend = Together(family.backend)
-    own = LatentUNet(backend, family.tokenizers, family.scheduler_config, family.defaults)
-    return Pipeline(pipeline.name, own, pipeline.backend_reason), backend
-
-
 @pytest.mark.parametrize("name", ["ddim", "unipc", "euler_ancestral"])
 def test_pictures_walked_together_equal_those_made_alone(tiny_pipeline, name):
     request = {
@@ -109,7 +84,7 @@ def test_pictures_walked_together_equal_those_made_alone(tiny_pipeline, name):
         "guidance_scale": 1.0,
         "output_type": "latent",
     }
-    pipeline, backend = together(tiny_pipeline)
+    pipeline, backend = watched(tiny_pipeline, batch_invariant=False)
     alone = tiny_pipeline(**request).images
     assert relative_error(pipeline(**request).images, alone) < TINY_GRAPH
     # two unguided pictures fill the profile of two rows, and the third has its own
@@ -118,7 +93,7 @@ def test_pictures_walked_together_equal_those_made_alone(tiny_pipeline, name):
 
 def test_eight_pictures_at_a_time_on_torch(saved):
     pipe = tintype.load(saved("sd1"), batch_invariant=False)
-    together_, backend = together(pipe)
+    together_, backend = watched(pipe, batch_invariant=False)
     request = {"num_inference_steps": 2, "width": 32, "height": 32, "output_type": "latent"}
     steps = []
     made = together_(
@@ -128,7 +103,7 @@ def test_eight_pictures_at_a_time_on_torch(saved):
         callback_on_step_end=lambda step, total, x: steps.append((step, total, len(x))),
         **request,
     )
-    assert [rows for _, rows in backend.ran] == [16, 16, 4, 4]
+    assert backend.rows == [16, 16, 4, 4]
     assert steps == [(0, 4, 8), (1, 4, 8), (2, 4, 2), (3, 4, 2)]
     alone = tintype.load(saved("sd1"))("the", seed=9, **request).images
     assert relative_error(made.images[9:], alone) < 100 * TINY_GRAPH
@@ -239,14 +214,14 @@ def test_a_strength_that_leaves_no_step_is_an_error(tiny_pipeline):
 
 
 def test_a_bundle_without_an_image_encoder_says_so(tiny_pipeline):
-    pipeline, backend = together(tiny_pipeline)
+    pipeline, backend = watched(tiny_pipeline, batch_invariant=False)
     backend.stages = ("encode", "denoise", "decode")
     with pytest.raises(RequestError, match="lacks"):
         pipeline(PROMPT, image=np.zeros((32, 32, 3), np.uint8))
 
 
 def test_one_picture_is_encoded_once_for_a_batch(tiny_pipeline):
-    pipeline, backend = together(tiny_pipeline)
+    pipeline, backend = watched(tiny_pipeline, batch_invariant=False)
     backend.batch_invariant, ran = True, []
     run = backend.run
     backend.run = lambda stage, profile, inputs: (ran.append(stage), run(stage, profile, inputs))[1]

@@ -13,18 +13,15 @@ from torch import nn
 
 
 def save_component(
-    module: nn.Module,
-    config: Mapping[str, Any],
-    folder: Path,
-    filename: str,
-    dtype: torch.dtype = torch.float16,
+    module: nn.Module, config: Mapping[str, Any], folder: Path, filename: str
 ) -> None:
-    """Write ``folder/filename`` (safetensors, in ``dtype``) and ``folder/config.json``."""
+    """Write ``folder/filename`` (safetensors, in half precision) and ``folder/config.json``."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: t.detach().cpu().to(dtype).contiguous() for name, t in module.state_dict().items()
+        name: t.detach().cpu().to(torch.float16).contiguous()
+        for name, t in module.state_dict().items()
     }
     save_file(tensors, folder / filename, metadata={"format": "pt"})
     write_json(folder / "config.json", config)
