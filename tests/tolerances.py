@@ -28,6 +28,28 @@ STAGE_FP32 = 1e-4
 # latents after 20 guided steps against diffusers' own pipeline
 LATENTS_20_STEPS = 1e-3
 
+# pictures whose denoiser was computed in 16 bits, beside float32: what export promises
+LEAST_DB_16_BITS = 40.0
+
+# norm of the difference over the norm, a fused kernel against its reference in float64, values and gradients: a few
+# roundings of each type (2**-53, 2**-24, 2**-11, 2**-8), the first two with room for sums of some 10**4 terms
+KERNEL_NORM = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
+
+# float64 means of squares, less squares of means, against sums about the mean
+SSIM = 1e-10
+
+# normals made in a kernel and on the host: both in float64 with libraries of their own, rounded once to float32, and
+# at most 6.7 where half an ulp is 2.4e-7; the kernel takes its cosine from a polynomial good to 1e-8
+KERNEL_NORMALS = 1e-6
+
+# one formula against another in float64, by the norm: sums of some hundred terms
+KERNEL_FORMULA = 1e-13
+# a code times its scale, all rounded to float32 on the way, beside exact halves of a step
+CODE_ROUNDING = 1e-5
+# a layer of normals in 8 and 4 bits beside itself in float32, by the norm: a step's uniform error, 1 / sqrt(12), times
+# some 2.5 deviations over 127 or 7 levels; for e4m3 some 2**-4 / sqrt(12) of each factor
+LINEAR_INT8, LINEAR_INT4, LINEAR_FP8 = 0.015, 0.15, 0.05
+
 
 def relative_error(actual: object, expected: object, scale: float | None = None) -> float:
     """Largest absolute difference over `scale`, or over the largest expected magnitude."""

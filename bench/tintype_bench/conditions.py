@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("tintype", "numpy", "onnxruntime", "tokenizers", "torch")
+_PACKAGES = ("tintype", "numpy", "onnxruntime", "tokenizers", "torch", "triton")
 
 
 def conditions() -> dict[str, Any]:

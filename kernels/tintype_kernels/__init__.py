@@ -1,7 +1,73 @@
-"""Tintype's kernels: each op has a plain reference and faster forms that must agree with it. Imports without torch."""
+"""Tintype's kernels: each op has a plain reference and faster forms that must agree with it.
+
+Imports without torch and without Triton: an op on tensors is fetched when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from tintype_kernels.dispatch import KernelUnavailable, implementation
 from tintype_kernels.philox import philox_uint32
-from tintype_kernels.scheduler_step import Row, scheduler_step
+from tintype_kernels.scheduler_step import NoiseKey, Row, scheduler_step
 
-__all__ = ["KernelUnavailable", "Row", "implementation", "philox_uint32", "scheduler_step"]
+if TYPE_CHECKING:
+    from tintype_kernels.ops.attention import attention
+    from tintype_kernels.ops.fp8_linear import fp8_linear
+    from tintype_kernels.ops.gate_residual import gate_residual
+    from tintype_kernels.ops.geglu import geglu
+    from tintype_kernels.ops.group_norm_silu import group_norm_silu
+    from tintype_kernels.ops.int4_linear import int4_linear
+    from tintype_kernels.ops.int8_linear import int8_linear
+    from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate
+    from tintype_kernels.ops.qk_norm_rope import qk_norm_rope
+    from tintype_kernels.ops.quantise import quantize_fp8, quantize_int4, quantize_int8
+
+# Each op on tensors, with the module of `tintype_kernels.ops` that holds it.
+_TENSOR_OPS = {
+    "attention": "attention",
+    "fp8_linear": "fp8_linear",
+    "gate_residual": "gate_residual",
+    "geglu": "geglu",
+    "group_norm_silu": "group_norm_silu",
+    "int4_linear": "int4_linear",
+    "int8_linear": "int8_linear",
+    "layer_norm_modulate": "layer_norm_modulate",
+    "qk_norm_rope": "qk_norm_rope",
+    "quantize_fp8": "quantise",
+    "quantize_int4": "quantise",
+    "quantize_int8": "quantise",
+}
+
+__all__ = [
+    "KernelUnavailable",
+    "NoiseKey",
+    "Row",
+    "attention",
+    "fp8_linear",
+    "gate_residual",
+    "geglu",
+    "group_norm_silu",
+    "implementation",
+    "int4_linear",
+    "int8_linear",
+    "layer_norm_modulate",
+    "philox_uint32",
+    "qk_norm_rope",
+    "quantize_fp8",
+    "quantize_int4",
+    "quantize_int8",
+    "scheduler_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TENSOR_OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f"{__name__}.ops.{_TENSOR_OPS[name]}")
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "torch":
+            raise
+        raise ImportError(f"{name} works on torch tensors; pip install 'tintype[torch]'") from error
+    globals()[name] = getattr(module, name)
+    return globals()[name]

@@ -1,10 +1,13 @@
-"""Which implementation of an op runs: `TINTYPE_KERNELS` = auto (default) | native | reference, read at each call."""
+"""Which implementation of an op runs: `TINTYPE_KERNELS` = auto (default) | triton | native | reference.
+
+The variable is read at each call. auto takes the first that can run, and never interprets Triton.
+"""
 
 from __future__ import annotations
 
 import os
 
-from tintype_kernels import native
+from tintype_kernels import native as extension
 
 VARIABLE = "TINTYPE_KERNELS"
 
@@ -13,22 +16,32 @@ class KernelUnavailable(RuntimeError):
     """An implementation that was asked for and cannot run here; the message lists those that can."""
 
 
-def select(obstacle: str = "") -> str:
-    """Name the implementation for this call. `obstacle` says why these arguments cannot take the native one."""
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter: on CPU tensors, exactly, and slowly."""
+    return os.environ.get("TRITON_INTERPRET", "") in {"1", "true", "on", "yes"}
+
+
+def select(*, triton: str, native: str) -> str:
+    """Name the implementation for this call; each argument says why that one cannot run, or is empty."""
     wanted = os.environ.get(VARIABLE, "auto") or "auto"
-    obstacle = native.reason or obstacle
-    able = ["reference"] if obstacle else ["native", "reference"]
+    obstacles = {"triton": triton, "native": native, "reference": ""}
+    able = [name for name, obstacle in obstacles.items() if not obstacle]
     if wanted == "auto":
-        return able[0]
+        return next(name for name in able if name != "triton" or not interpreting())
     if wanted in able:
         return wanted
-    why = f": {obstacle}" if wanted == "native" else ""
+    why = f": {obstacles[wanted]}" if wanted in obstacles else ""
     raise KernelUnavailable(
         f"{VARIABLE}={wanted} cannot run here{why}; choose one of auto, {', '.join(able)}"
     )
 
 
+def select_for_arrays(obstacle: str = "") -> str:
+    """Name the implementation for numpy arrays; `obstacle` is why they cannot take the native one."""
+    return select(triton="Triton takes torch tensors", native=extension.reason or obstacle)
+
+
 def implementation() -> dict[str, str]:
-    """Say what runs for ordinary arguments, and why: `{"selected", "requested", "note"}`."""
+    """Say what runs for ordinary arrays, and why: `{"selected", "requested", "note"}`."""
     requested = os.environ.get(VARIABLE, "auto") or "auto"
-    return {"selected": select(), "requested": requested, "note": native.reason}
+    return {"selected": select_for_arrays(), "requested": requested, "note": extension.reason}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype_kernels import native
-from tintype_kernels.dispatch import select
+from tintype_kernels.dispatch import select_for_arrays
 
 WORDS = 4
 ROUNDS = 10
@@ -37,7 +37,7 @@ def philox_uint32(
             raise ValueError(f"{name}={value} is not an unsigned integer of {bits} bits")
     if count < 0:
         raise ValueError(f"count={count} is negative")
-    if select() == "native":
+    if select_for_arrays() == "native":
         assert native.module is not None
         numbers: NDArray[np.uint32] = native.module.philox_uint32(
             seed, count, step, stream, first_block
@@ -69,3 +69,20 @@ def reference(
         ]
         key = [(word + step_) & _MASK for word, step_ in zip(key, _KEY_STEPS, strict=True)]
     return np.stack(words, axis=1).astype(np.uint32).reshape(-1)[:count]
+
+
+def philox_normals(seed: int, count: int, *, step: int = 0, stream: int = 0) -> NDArray[np.float32]:
+    """Return `count` standard normals: Box and Muller's transform in float64, rounded once.
+
+    Elements 2i and 2i + 1 come from the integers of those places, the first of which gives their radius.
+    """
+    pairs = (count + 1) // 2
+    bits = (
+        philox_uint32(seed, 2 * pairs, step=step, stream=stream).astype(np.float64).reshape(-1, 2)
+    )
+    # (0, 1] for the radius, so that its logarithm is finite; [0, 1) for the angle.
+    radius = np.sqrt(-2.0 * np.log((bits[:, 0] + 1.0) * 2.0**-32))
+    angle = 2.0 * np.pi * 2.0**-32 * bits[:, 1]
+    both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    normals: NDArray[np.float32] = both.reshape(-1)[:count].astype(np.float32)
+    return normals

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tintype_kernels import native
-from tintype_kernels.dispatch import select
+from tintype_kernels.dispatch import select_for_arrays
+from tintype_kernels.philox import philox_normals
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[np.floating[Any]]
+Values = TypeVar("Values", bound=Any)  # numpy arrays or torch tensors
 
 
 class Row(NamedTuple):
@@ -32,51 +38,92 @@ class Row(NamedTuple):
     guidance: float = 1.0
     threshold: tuple[float, float] | None = None
 
+    def coefficients(self) -> list[float]:
+        """What a kernel reads of the row: guidance, u_x, u_m, clip, a, c, s and b."""
+        clip = math.inf if self.clip is None else self.clip
+        return [self.guidance, self.u_x, self.u_m, clip, self.a, self.c, self.s, *self.b]
+
+
+class NoiseKey(NamedTuple):
+    """Normals that the step makes itself: sample i's are those of `seeds[i]` at this step and stream of Philox."""
+
+    seeds: Sequence[int]
+    step: int
+    stream: int = 1
+
+    def normals(self, x: Array) -> Array:
+        """An array like x."""
+        count = int(np.prod(x.shape[1:]))
+        rows = [philox_normals(s, count, step=self.step, stream=self.stream) for s in self.seeds]
+        return np.stack(rows).astype(x.dtype).reshape(x.shape)
+
 
 def scheduler_step(
-    x: Array,
-    m: Array,
-    m_uncond: Array | None,
-    history: Sequence[Array],
-    row: Row,
-    noise: Array | None = None,
-) -> tuple[Array, Array]:
-    """Return the next x and this step's h; all arrays share x's shape and dtype.
+    x: Values,
+    m: Values,
+    m_uncond: Values | None,
+    history: Sequence[Values],
+    row: Row | Tensor,
+    noise: Values | NoiseKey | Tensor | None = None,
+) -> tuple[Values, Values]:
+    """Return the next x and this step's h; all arrays, or torch tensors, share x's shape and dtype.
 
     `history` holds earlier h, newest first, at least as many as `row.b` has weights beyond the first; `m_uncond` is
-    None where no guidance applies. float32 takes the native kernel, any other floating type and thresholds, which
-    sort, the reference.
+    None where no guidance applies. `noise` is a NoiseKey where the step shall make it. Of arrays, float32 takes the
+    native kernel, any other floating type and thresholds, which sort, the reference.
+
+    For tensors `row` may be a tensor of its `coefficients()`, and `noise` an int64 tensor of rows
+    (seed, step, stream), so that a captured CUDA graph is replayed with other numbers in them.
     """
-    _check_like("m", m, x)
-    if m_uncond is not None:
-        _check_like("m_uncond", m_uncond, x)
-    if noise is not None:
-        _check_like("noise", noise, x)
-    kept = {f"history[{age}]": h for age, h in enumerate(history)}
-    for name, h in kept.items():
-        _check_like(name, h, x)
+    if isinstance(row, Row):
+        _check_row(history, row, noise)
+    if isinstance(noise, NoiseKey) and len(noise.seeds) != x.shape[0]:
+        raise ValueError(
+            f"noise has {len(noise.seeds)} seeds, expected one for each of x's {x.shape[0]} rows"
+        )
+    step: Any = _step_arrays
+    if not isinstance(x, np.ndarray):
+        from tintype_kernels.ops.scheduler_step import scheduler_step as step  # needs torch
+    result: tuple[Values, Values] = step(x, m, m_uncond, history, row, noise)
+    return result
+
+
+def _check_row(history: Sequence[Any], row: Row, noise: Any) -> None:
     if len(history) < len(row.b) - 1:
         raise ValueError(
             f"history has {len(history)} arrays, expected {len(row.b) - 1} as row.b asks"
         )
     if row.s and noise is None:
         raise ValueError(f"noise is None, expected an array because row.s={row.s}")
-    if select(_obstacle(row, x=x, m=m, m_uncond=m_uncond, noise=noise, **kept)) == "reference":
+
+
+def _step_arrays(
+    x: Array, m: Array, m_uncond: Array | None, history: Sequence[Array], row: Row, noise: Any
+) -> tuple[Array, Array]:
+    noise = noise.normals(x) if isinstance(noise, NoiseKey) else noise
+    check_like(x, m=m, m_uncond=m_uncond, noise=noise, **by_age(history))
+    arrays = {"x": x, "m": m, "m_uncond": m_uncond, "noise": noise, **by_age(history)}
+    if select_for_arrays(_obstacle(row, **arrays)) == "reference":
         return reference(x, m, m_uncond, history, row, noise)
     assert native.module is not None
-    clip = np.inf if row.clip is None else row.clip
-    scalars = (row.guidance, row.u_x, row.u_m, clip, row.a, row.c, row.s)
+    guidance, u_x, u_m, clip, a, c, s, *b = row.coefficients()
     result: tuple[Array, Array] = native.module.scheduler_step(
-        x, m, m_uncond, list(history), noise, scalars, list(row.b)
+        x, m, m_uncond, list(history), noise, (guidance, u_x, u_m, clip, a, c, s), b
     )
     return result
 
 
-def _check_like(name: str, tensor: Array, x: Array) -> None:
-    if tensor.shape != x.shape or tensor.dtype != x.dtype:
-        raise ValueError(
-            f"{name} is {tensor.dtype}{list(tensor.shape)}, expected {x.dtype}{list(x.shape)} like x"
-        )
+def by_age(history: Sequence[Any]) -> dict[str, Any]:
+    """Name the arrays of a history as an error message does."""
+    return {f"history[{age}]": h for age, h in enumerate(history)}
+
+
+def check_like(x: Any, **others: Any) -> None:
+    """Raise unless every array has x's shape and dtype."""
+    for name, other in others.items():
+        if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
+            found, expected = f"{other.dtype}{list(other.shape)}", f"{x.dtype}{list(x.shape)}"
+            raise ValueError(f"{name} is {found}, expected {expected} like x")
 
 
 def _obstacle(row: Row, **tensors: Array | None) -> str:
@@ -94,21 +141,21 @@ def _obstacle(row: Row, **tensors: Array | None) -> str:
 
 
 def reference(
-    x: Array,
-    m: Array,
-    m_uncond: Array | None,
-    history: Sequence[Array],
+    x: Any,
+    m: Any,
+    m_uncond: Any,
+    history: Sequence[Any],
     row: Row,
-    noise: Array | None = None,
-) -> tuple[Array, Array]:
-    """The step in numpy, in x's own precision; the order of operations is the native kernel's."""
-    scalar = x.dtype.type
+    noise: Any = None,
+) -> tuple[Any, Any]:
+    """The step in numpy or torch, in x's own precision; the order of operations is the native kernel's."""
+    scalar = x.dtype.type if isinstance(x, np.ndarray) else lambda value: value
     guided = m if m_uncond is None else m_uncond + scalar(row.guidance) * (m - m_uncond)
     h = scalar(row.u_x) * x + scalar(row.u_m) * guided
     if row.threshold is not None:
         h = _thresholded(h, *row.threshold)
     elif row.clip is not None:
-        h = np.clip(h, scalar(-row.clip), scalar(row.clip))
+        h = h.clip(scalar(-row.clip), scalar(row.clip))
     new = scalar(row.a) * x + scalar(row.c) * guided
     for weight, kept in zip(row.b, (h, *history), strict=False):
         new = new + scalar(weight) * kept
@@ -117,9 +164,15 @@ def reference(
     return new, h
 
 
-def _thresholded(h: Array, quantile: float, largest: float) -> Array:
+def _thresholded(h: Any, quantile: float, largest: float) -> Any:
     """Dynamic thresholding of each sample of h [n, ...] (Saharia et al., NeurIPS 2022, section 2.3)."""
-    magnitude = np.quantile(np.abs(h).reshape(len(h), -1), quantile, axis=1)
-    bound = np.clip(magnitude, 1, largest).astype(h.dtype).reshape(-1, *[1] * (h.ndim - 1))
-    thresholded: Array = np.clip(h, -bound, bound) / bound
-    return thresholded
+    magnitude = abs(h).reshape(len(h), -1)
+    if isinstance(h, np.ndarray):
+        bound = np.quantile(magnitude, quantile, axis=1).clip(1, largest).astype(h.dtype)
+    else:
+        bound = magnitude.quantile(quantile, dim=1).clip(1, largest)
+    bound = bound.reshape(-1, *[1] * (h.ndim - 1))
+    return h.clip(-bound, bound) / bound
+
+
+scheduler_step.reference = reference  # type: ignore[attr-defined]

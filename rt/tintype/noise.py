@@ -1,6 +1,6 @@
 """Noise that depends on (seed, step, element) alone, so a seed's picture is the same alone or in any batch.
 
-Integers come from Philox4x32-10; normals are Box and Muller's transform in float64, rounded once to float32.
+Integers come from Philox4x32-10, normals from `tintype_kernels.philox_normals`, which a kernel may make as well.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tintype_kernels import philox_uint32
+from tintype_kernels.philox import philox_normals
 
 _INITIAL_STREAM, _STEP_STREAM, _RENEWED_STREAM = 0, 1, 2
 
@@ -29,13 +29,4 @@ def step_noise(seed: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float
 
 
 def _normals(seed: int, shape: tuple[int, ...], *, step: int, stream: int) -> NDArray[np.float32]:
-    count = int(np.prod(shape))
-    pairs = (count + 1) // 2
-    bits = (
-        philox_uint32(seed, 2 * pairs, step=step, stream=stream).astype(np.float64).reshape(-1, 2)
-    )
-    # (0, 1] for the radius, so that its logarithm is finite; [0, 1) for the angle.
-    radius = np.sqrt(-2.0 * np.log((bits[:, 0] + 1.0) * 2.0**-32))
-    angle = 2.0 * np.pi * 2.0**-32 * bits[:, 1]
-    both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return both.reshape(-1)[:count].astype(np.float32).reshape(shape)
+    return philox_normals(seed, int(np.prod(shape)), step=step, stream=stream).reshape(shape)

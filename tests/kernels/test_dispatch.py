@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
+import tintype_kernels
 from tintype_kernels import KernelUnavailable, implementation, native, philox_uint32
+from tintype_kernels.dispatch import select
 
 
 def test_auto_picks_native_where_it_is_built():
@@ -29,3 +34,37 @@ def test_the_variable_is_read_at_each_call(monkeypatch):
     monkeypatch.setenv("TINTYPE_KERNELS", "warp")
     with pytest.raises(KernelUnavailable, match="warp.*auto, native, reference"):
         philox_uint32(1, 3)
+
+
+def test_arrays_have_no_triton_form(monkeypatch):
+    monkeypatch.setenv("TINTYPE_KERNELS", "triton")
+    with pytest.raises(KernelUnavailable, match="Triton takes torch tensors; choose one of auto"):
+        philox_uint32(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [
+        ({}, "triton"),
+        ({"TRITON_INTERPRET": "1"}, "native"),
+        ({"TINTYPE_KERNELS": "triton", "TRITON_INTERPRET": "1"}, "triton"),
+        ({"TINTYPE_KERNELS": "reference"}, "reference"),
+    ],
+)
+def test_auto_takes_the_first_that_runs_and_never_interprets(environment, chosen, monkeypatch):
+    for name in ("TINTYPE_KERNELS", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert select(triton="", native="") == chosen
+
+
+def test_an_unknown_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = tintype_kernels.nonsense
+
+
+def test_an_op_on_tensors_names_the_extra_that_brings_torch():
+    code = "import sys; sys.modules['torch'] = None; from tintype_kernels import geglu"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "geglu works on torch tensors; pip install 'tintype[torch]'" in done.stderr

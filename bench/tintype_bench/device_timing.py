@@ -1,0 +1,63 @@
+"""One timer for kernels. On CUDA: events around a replayed graph, the second-level cache flushed before each run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+FLUSH_BYTES = (
+    512 * 2**20
+)  # beyond every GPU's second-level cache, and long enough to hide the next launch
+COPY_BYTES = 2**30
+
+
+class Spread(NamedTuple):
+    """Microseconds."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+def time_call(call: Callable[[], Any], device: str, runs: int) -> Spread:
+    """Median and quartiles of `runs` calls after two to warm up."""
+    for _ in range(2):
+        call()
+    microseconds = _cuda(call, runs) if device == "cuda" else [_wall(call) for _ in range(runs)]
+    lower, median, upper = statistics.quantiles(microseconds, n=4, method="inclusive")
+    return Spread(lower, median, upper)
+
+
+def _cuda(call: Callable[[], Any], runs: int) -> list[float]:
+    """A graph leaves out what Python and launches cost, which an engine does not pay either."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    make: Any = torch.cuda.Event
+    events = [[make(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for begun, ended in events:
+        flush.zero_()
+        begun.record()
+        graph.replay()
+        ended.record()
+    torch.cuda.synchronize()
+    return [1000 * begun.elapsed_time(ended) for begun, ended in events]
+
+
+def _wall(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - begun)
+
+
+def copy_bandwidth(device: str, runs: int) -> float:
+    """Bytes a second, read and written, of a copy between two large tensors: the limit that others are held to."""
+    count = COPY_BYTES if device == "cuda" else COPY_BYTES // 32
+    source, target = (torch.ones(count, dtype=torch.int8, device=device) for _ in range(2))
+    return 2 * count / (time_call(lambda: target.copy_(source), device, runs).median * 1e-6)

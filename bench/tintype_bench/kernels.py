@@ -1,0 +1,153 @@
+"""Time every kernel against what it replaces: `python -m tintype_bench.kernels --json F`.
+
+Forms: ours; PyTorch eager; `torch.compile(mode="max-autotune-no-cudagraphs")`; and the libraries that an op's file
+names in `LIBRARIES`. Each row says how far it is from the copy bandwidth that was measured first, counting each
+tensor once, and where the op's file has `flops`, how many TFLOP/s it reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tintype_bench.conditions import conditions
+from tintype_bench.device_timing import copy_bandwidth, time_call
+from tintype_kernels.ahead_of_time import op_modules
+
+FORMS = ("ours", "eager", "compiled", "library")
+Row = dict[str, Any]
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each case and form; a form that fails says why instead of a time."""
+    bandwidth = copy_bandwidth(options.device, options.runs)
+    yield {"op": "copy", "case": "1 GiB", "form": "limit", "gigabytes_per_second": bandwidth / 1e9}
+    for module in op_modules():
+        name = _name(module)
+        if options.op and name not in options.op:
+            continue
+        for batch in options.batch:
+            for case, arguments in _cases(module, batch, options):
+                about = {"op": name, "case": case, "batch": batch, "dtype": options.dtype}
+                for form, call in _forms(module, options.form):
+                    timed = _timed(call, arguments, module, bandwidth, options)
+                    yield {**about, "form": form, **timed}
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def _cases(
+    module: ModuleType, batch: int, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    generator = torch.Generator(options.device).manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=options.device, dtype=dtype)
+
+    for index, case in enumerate(module.cases(make, batch=batch)):
+        if options.limit is None or index < options.limit:
+            yield case
+
+
+def _forms(module: ModuleType, wanted: list[str]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    function = getattr(module, _name(module))
+    plain = getattr(module, "baseline", function.reference)
+    if "ours" in wanted:
+        yield "ours", function
+    if "eager" in wanted:
+        yield "eager", plain
+    if "compiled" in wanted:
+        torch.compiler.reset()
+        yield "compiled", torch.compile(plain, mode="max-autotune-no-cudagraphs")
+    if "library" in wanted:
+        yield from getattr(module, "LIBRARIES", {}).items()
+
+
+def _timed(
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    module: ModuleType,
+    bandwidth: float,
+    options: argparse.Namespace,
+) -> Row:
+    try:
+        with torch.no_grad():
+            outputs = call(**arguments)
+            spread = time_call(lambda: call(**arguments), options.device, options.runs)
+    except Exception as error:  # one form's failure is a result; the others still count
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    seconds = spread.median * 1e-6
+    moved = _bytes(list(arguments.values())) + _bytes(outputs)
+    row = {
+        "microseconds": spread._asdict(),
+        "gigabytes_per_second": moved / seconds / 1e9,
+        "percent_of_copy": 100 * moved / seconds / bandwidth,
+    }
+    if hasattr(module, "flops"):
+        row["teraflops"] = module.flops(**arguments) / seconds / 1e12
+    return row
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(map(_bytes, tensors)) if isinstance(tensors, (list, tuple)) else 0
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    start = f"{row['op']:20} {row['case']:32} {row.get('batch', ''):>2} {row['form']:9}"
+    if "failed" in row:
+        return f"{start} {row['failed'][:160]}"
+    if "microseconds" not in row:
+        return f"{start} {'':26} {row['gigabytes_per_second']:8.0f} GB/s"
+    lower, median, upper = row["microseconds"].values()
+    text = f"{start} {median:9.1f} us [{lower:.1f}, {upper:.1f}]"
+    speeds = f"{row['gigabytes_per_second']:7.0f} GB/s {row['percent_of_copy']:5.1f}%"
+    return f"{text:95} {speeds} {row.get('teraflops', ''):.5}".rstrip()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--op", nargs="+", help="these ops alone")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--runs", type=int, default=50, help="timed runs of each")
+    parser.add_argument("--limit", type=int, help="at most so many cases of an op")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the rows and the conditions")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU; --device cpu runs a smoke test")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    surroundings = conditions()
+    if options.device == "cuda":
+        surroundings["device"] = torch.cuda.get_device_name()
+    rows = []
+    for row in measure(options):
+        print(line(row), flush=True)
+        rows.append(row)
+        if options.json:  # after each row, so that a run that is cut short is not lost
+            report = {"suite": "kernels", "conditions": surroundings, "rows": rows}
+            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

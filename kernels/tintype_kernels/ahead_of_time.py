@@ -1,0 +1,239 @@
+"""Compile every Triton kernel for NVIDIA's architectures, with no GPU: `python -m tintype_kernels.ahead_of_time`.
+
+Each op runs forward and backward over its `cases` on tensors without memory, under a driver that stands for the
+architecture; so what is compiled is what a GPU would be asked to launch. Registers, spills and stack are read from the
+assembler's own report, tensor-core instructions from its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tintype_kernels import ops
+from tintype_kernels.torch_op import TorchOp
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+# In PTX, from the newest: what Hopper, data-centre Blackwell and all the others multiply matrices with.
+_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture, compiled for the first case that needs it."""
+
+    op: str
+    case: str
+    kernel: str
+    arch: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_cores: str
+    multiplies: bool
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, or nothing."""
+        if self.spilled_bytes:
+            return f"spills {self.spilled_bytes} bytes"
+        if self.multiplies and not self.tensor_cores:
+            return "multiplies matrices without tensor cores"
+        return ""
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles; the device's number is its architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Context:
+    """Stands for autograd's, between the two functions of a gradient."""
+
+    saved_tensors: tuple[Any, ...]
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        self.needs_input_grad = (False,) * len(inputs)
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        """Nothing asks."""
+
+
+def op_modules() -> Iterator[ModuleType]:
+    """Every op that has cases."""
+    for info in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"{ops.__name__}.{info.name}")
+        if hasattr(module, "cases"):
+            yield module
+
+
+def runs_on(module: ModuleType, arch: int) -> bool:
+    """Whether the op's file asks for nothing newer, in `OLDEST_ARCH`."""
+    oldest: int = getattr(module, "OLDEST_ARCH", 0)
+    return arch >= oldest
+
+
+def compile_op(module: ModuleType, arch: int) -> Iterator[Compiled]:
+    """Compile what the op launches over its cases; a kernel that an earlier case compiled is passed over."""
+    name = module.__name__.rpartition(".")[2]
+    seen: set[str] = set()
+    for case, arguments in module.cases(_make, batch=1):
+        for kernel, binary in _launched(getattr(module, name), arguments, arch):
+            if binary.hash not in seen:
+                seen.add(binary.hash)
+                yield _report(name, case, kernel, arch, binary)
+
+
+def _make(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+
+def _launched(
+    function: Callable[..., Any], arguments: dict[str, Any], arch: int
+) -> list[tuple[str, Any]]:
+    calls: list[tuple[TorchOp, tuple[Any, ...], Any]] = []
+
+    def call(op: TorchOp, *inputs: Any) -> Any:
+        outputs = op.implementations["triton"](*inputs)
+        calls.append((op, inputs, outputs))
+        return outputs
+
+    with mock.patch.object(TorchOp, "__call__", call), _recorded(arch) as launches:
+        function(**arguments)
+        for op, inputs, outputs in list(calls):
+            if op.gradient:
+                setup_context, backward = op.gradient
+                context = _Context(inputs)
+                setup_context(context, inputs, outputs)
+                backward(context, *([outputs] if isinstance(outputs, torch.Tensor) else outputs))
+    return launches
+
+
+@contextmanager
+def _recorded(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Have Triton compile each launch for `arch` and stop there."""
+    runtime = importlib.import_module("triton.runtime")
+    kind = importlib.import_module("triton.runtime.jit").JITFunction
+    run, launches = kind.run, []
+
+    def compile_only(kernel: Any, *arguments: Any, **options: Any) -> None:
+        compiled = run(kernel, *arguments, **{**options, "warmup": True})
+        launches.append((kernel.__name__, compiled))
+
+    # The driver stays: a process that compiles for other machines launches nothing on its own.
+    runtime.driver.set_active(_Driver(arch))
+    with mock.patch.object(kind, "run", compile_only):
+        yield launches
+
+
+def _report(op: str, case: str, kernel: str, arch: int, binary: Any) -> Compiled:
+    used = _resources(binary.asm["cubin"])
+    found = (name for name, text in _INSTRUCTIONS.items() if text in binary.asm["ptx"])
+    return Compiled(
+        op=op,
+        case=case,
+        kernel=kernel,
+        arch=arch,
+        registers=used["REG"],
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+        shared_bytes=binary.metadata.shared,
+        tensor_cores=next(found, ""),
+        multiplies="tt.dot" in binary.asm["ttir"],
+    )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL and more, as Triton's own cuobjdump reads them from the machine code."""
+    nvidia = Path(importlib.import_module("triton.backends.nvidia").__path__[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [str(nvidia / "bin" / "cuobjdump"), "-res-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", text)}
+
+
+def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Compiled]:
+    """Every op for every architecture, in as many processes as there are cores."""
+    tasks = [
+        (module.__name__, arch)
+        for arch in architectures
+        for module in op_modules()
+        if runs_on(module, arch)
+    ]
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for compiled in pool.map(_compile_task, tasks):
+            yield from compiled
+
+
+def _compile_task(task: tuple[str, int]) -> list[Compiled]:
+    name, arch = task
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # once a process is too often
+    return list(compile_op(importlib.import_module(name), arch))
+
+
+def line(compiled: Compiled) -> str:
+    """One row of the table."""
+    c = compiled
+    numbers = f"sm_{c.arch:<4} {c.registers:4} {c.shared_bytes:7} {c.spilled_bytes:5}"
+    return f"{c.op:20} {c.case:30} {c.kernel:26} {numbers} {c.tensor_cores:8} {c.fault}".rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("arch", nargs="*", type=int, help=f"of {ARCHITECTURES}; all by default")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the rows")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set; a kernel that is interpreted cannot be compiled")
+    print(
+        f"{'op':20} {'case':30} {'kernel':26} {'arch':7} {'regs':>4} {'shared':>7} {'spill':>5} tensor cores"
+    )
+    rows = []
+    for compiled in compile_all(tuple(options.arch) or ARCHITECTURES):
+        print(line(compiled), flush=True)
+        rows.append(compiled)
+    faults = sum(bool(row.fault) for row in rows)
+    print(f"{len(rows)} kernels, {faults} faults")
+    if options.json:
+        report = [{**asdict(row), "fault": row.fault} for row in rows]
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The ops on torch tensors, one a file; importing one imports torch."""

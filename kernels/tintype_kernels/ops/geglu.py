@@ -1,0 +1,135 @@
+"""The feed-forward gate of UNet transformers: the first half of x times the exact gelu of the second."""
+
+# Triton's parameters have no Python types, and its constants are in capitals.
+# ruff: noqa: ANN001, ANN202, N803
+# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tintype_kernels.torch_op import TorchOp, describe, empty, public, unit_stride, wide
+from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
+
+
+def reference(x: Tensor) -> Tensor:
+    """The op in plain PyTorch."""
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def _reference_forward(x: Tensor) -> Tensor:
+    return reference(x).contiguous()
+
+
+def _reference_backward(grad: Tensor, x: Tensor) -> Tensor:
+    value, gate = wide(x).chunk(2, -1)
+    below = 0.5 * (1 + (gate * math.sqrt(0.5)).erf())
+    slope = below + gate * (-0.5 * gate.square()).exp() * math.sqrt(0.5 / math.pi)
+    dx, grad = empty(x), wide(grad)
+    dvalue, dgate = dx.chunk(2, -1)
+    dvalue.copy_(grad * gate * below)
+    dgate.copy_(grad * value * slope)
+    return dx
+
+
+@jit
+def _load(x, row, c, C, x_row):
+    """Both halves, and the normal distribution's weight below the gate."""
+    value = widen(tl.load(x + row * x_row + c, c < C, 0.0))
+    gate = widen(tl.load(x + row * x_row + C + c, c < C, 0.0))
+    return value, gate, 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+
+
+@jit
+def _forward_kernel(x, out, C, x_row, BLOCK: tl.constexpr):
+    """BLOCK channels of a row: grid (rows, channels)."""
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value, gate, below = _load(x, row, c, C, x_row)
+    tl.store(out + row * C + c, value * gate * below, c < C)
+
+
+@jit
+def _backward_kernel(grad, x, dx, C, x_row, BLOCK: tl.constexpr):
+    """BLOCK channels of both halves of a row: grid (rows, channels)."""
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value, gate, below = _load(x, row, c, C, x_row)
+    g = widen(tl.load(grad + row * C + c, c < C, 0.0))
+    slope = below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    tl.store(dx + row * 2 * C + c, g * gate * below, c < C)
+    tl.store(dx + row * 2 * C + C + c, g * value * slope, c < C)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def _triton_forward(x: Tensor) -> Tensor:
+    out, rows, block = _fake_forward(x), _rows(x), min(1024, power_of_two(x.shape[-1] // 2))
+    c = out.shape[-1]
+    _forward_kernel[rows.shape[0], ceil_div(c, block)](rows, out, c, rows.stride(0), BLOCK=block)
+    return out
+
+
+def _triton_backward(grad: Tensor, x: Tensor) -> Tensor:
+    dx, rows, block = empty(x), _rows(x), min(1024, power_of_two(x.shape[-1] // 2))
+    c = grad.shape[-1]
+    _backward_kernel[rows.shape[0], ceil_div(c, block)](
+        grad.contiguous(), rows, dx, c, rows.stride(0), BLOCK=block
+    )
+    return dx
+
+
+def _fake_forward(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def _fake_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return empty(x)
+
+
+FORWARD = TorchOp("geglu", fake=_fake_forward, reference=_reference_forward, triton=_triton_forward)
+BACKWARD = TorchOp(
+    "geglu_backward", fake=_fake_backward, reference=_reference_backward, triton=_triton_backward
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    dx: Tensor = BACKWARD(grad, *ctx.saved_tensors)
+    return dx
+
+
+FORWARD.differentiate(_setup_context, _backward)
+
+
+@public(reference)
+def geglu(x: Tensor) -> Tensor:
+    """Return `value * gelu(gate)` for x [..., 2*c], whose first half is the value."""
+    if not x.dtype.is_floating_point or not x.ndim or x.shape[-1] % 2:
+        raise ValueError(f"x is {describe(x)}, expected a floating tensor [..., 2*c]")
+    out: Tensor = FORWARD(x)
+    return out
+
+
+# Tokens and channels of a half: four times the width of the transformer.
+_SIZES = {
+    "SD1.5 512, 320": (4096, 1280),
+    "SD1.5 512, 1280": (256, 5120),
+    "SDXL 1024, 640": (4096, 2560),
+    "SDXL 1024, 1280": (1024, 5120),
+}
+
+
+def cases(make: Callable[..., Tensor], batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments at the sizes of real models; `make(*shape)` gives a tensor."""
+    for label, (tokens, c) in _SIZES.items():
+        yield label, {"x": make(batch, tokens, 2 * c)}

@@ -1,0 +1,193 @@
+"""Triton kernels of `group_norm_silu`, for x of C channels and P pixels in either layout.
+
+Statistics of the pieces of a group are merged as Chan, Golub and LeVeque do ("Updating formulae", 1979), in an order
+that depends on the sizes of one sample alone: so a row has the same bits in any batch. A mean is kept as the sum of
+two numbers, for x - mean to be exact where the mean is thousands of times the spread.
+"""
+
+# Triton's parameters have no Python types, and its constants are in capitals.
+# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0913, PLR0917
+# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from tintype_kernels.triton_support import jit, tl, widen
+
+
+@jit
+def _load(
+    x, residual, n, c, pixels, last, C, P, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Give x + residual [pixels, channels], offsets in the sample and mask. A batch, not a sample, may pass 2**31."""
+    between_pixels, between_channels = (C, 1) if CHANNELS_LAST else (1, P)
+    at = pixels[:, None] * between_pixels + c[None, :] * between_channels
+    mask = (pixels[:, None] < last) & (c[None, :] < C)
+    h = widen(tl.load(x + n * C * P + at, mask, 0.0))
+    if RESIDUAL == "full":
+        h += widen(tl.load(residual + n * C * P + at, mask, 0.0))
+    if RESIDUAL == "channel":
+        h += widen(tl.load(residual + n * C + c, c < C, 0.0))[None, :]
+    return h, at, mask
+
+
+@jit
+def _affine(normed, weight, bias, c, C, SILU: tl.constexpr):
+    """Give the weight, the norm's output z and, where SiLU follows, its gate."""
+    scale = widen(tl.load(weight + c, c < C, 0.0))[None, :]
+    z = normed * scale + widen(tl.load(bias + c, c < C, 0.0))[None, :]
+    gate = 1.0 / (1.0 + tl.exp(-z)) if SILU else 1.0
+    return scale, z, gate
+
+
+@jit
+def _norm(h, stats, n, c, C, GROUPS: tl.constexpr):
+    """Give the normed values and the inverse deviation of each channel's group."""
+    at = stats + n * 3 * GROUPS + c // (C // GROUPS)
+    mean = tl.load(at, c < C, 0.0)[None, :]
+    low = tl.load(at + GROUPS, c < C, 0.0)[None, :]
+    rstd = tl.load(at + 2 * GROUPS, c < C, 0.0)[None, :]
+    return ((h - mean) - low) * rstd, rstd
+
+
+@jit
+def _store_stats(stats, n, group, mean, low, rstd, GROUPS: tl.constexpr):
+    at = stats + n * 3 * GROUPS + group
+    tl.store(at, mean)
+    tl.store(at + GROUPS, low)
+    tl.store(at + 2 * GROUPS, rstd)
+
+
+@jit
+def group_kernel(
+    x, residual, weight, bias, out, stats, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A whole group in one block: grid (groups, n)."""
+    group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    inside = tl.arange(0, CHANNELS)
+    c = tl.where(inside < C // GROUPS, group * (C // GROUPS) + inside, C)
+    h, at, mask = _load(x, residual, n, c, tl.arange(0, PIXELS), P, C, P, RESIDUAL, CHANNELS_LAST)
+    count = (C // GROUPS * P).to(h.dtype)
+    mean = tl.sum(tl.where(mask, h, 0.0)) / count
+    low = tl.sum(tl.where(mask, h - mean, 0.0)) / count
+    centred = tl.where(mask, (h - mean) - low, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred) / count + eps)
+    _, z, gate = _affine(centred * rstd, weight, bias, c, C, SILU)
+    tl.store(out + n * C * P + at, z * gate, mask)
+    _store_stats(stats, n, group, mean, low, rstd, GROUPS)
+
+
+@jit
+def pieces_kernel(
+    x, residual, pieces, C, P, SPAN,
+    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean, low part and squared deviations of SPAN pixels of each channel: grid (splits, channels, n)."""
+    split, splits, n = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    first = split * SPAN
+    last = tl.minimum(first + SPAN, P)
+    WIDE: tl.constexpr = pieces.dtype.element_ty
+    mean = tl.zeros((CHANNELS,), WIDE)
+    low = tl.zeros((CHANNELS,), WIDE)
+    squares = tl.zeros((CHANNELS,), WIDE)
+    for start in range(first, last, PIXELS):
+        pixels = start + tl.arange(0, PIXELS)
+        h, _, mask = _load(x, residual, n, c, pixels, last, C, P, RESIDUAL, CHANNELS_LAST)
+        before, here = (start - first).to(WIDE), tl.minimum(PIXELS, last - start).to(WIDE)
+        if start == first:
+            mean = tl.sum(tl.where(mask, h, 0.0), 0) / here
+        centred = tl.where(mask, h - mean[None, :], 0.0)
+        away = tl.sum(centred, 0) / here
+        centred = tl.where(mask, centred - away[None, :], 0.0)
+        away -= low
+        share = here / (before + here)
+        squares += tl.sum(centred * centred, 0) + away * away * before * share
+        low += away * share
+    at = pieces + (n * 3 * C + c) * splits + split
+    tl.store(at, mean, c < C)
+    tl.store(at + C * splits, low, c < C)
+    tl.store(at + 2 * C * splits, squares, c < C)
+
+
+@jit
+def merge_kernel(pieces, stats, C, P, SPAN, splits, eps, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The statistics of a group from its pieces': grid (groups, n)."""
+    group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    piece, count = tl.arange(0, BLOCK), C // GROUPS * splits
+    mask = piece < count
+    at = pieces + n * 3 * C * splits + group * count + piece
+    piece_mean, piece_low = tl.load(at, mask, 0.0), tl.load(at + C * splits, mask, 0.0)
+    weight = tl.where(mask, tl.minimum(P - (piece % splits) * SPAN, SPAN), 0).to(piece_mean.dtype)
+    total = tl.sum(weight)
+    mean = tl.sum(piece_mean * weight) / total
+    away = (piece_mean - mean) + piece_low
+    low = tl.sum(away * weight) / total
+    away -= low
+    squares = tl.sum(tl.load(at + 2 * C * splits, mask, 0.0) + away * away * weight)
+    _store_stats(stats, n, group, mean, low, tl.rsqrt(squares / total + eps), GROUPS)
+
+
+@jit
+def apply_kernel(
+    x, residual, weight, bias, stats, out, C, P, GROUPS: tl.constexpr, SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Normalise a tile: grid (pixels, channels, n), backwards, as what was read last is still in the cache."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    n = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    pixels = block * PIXELS + tl.arange(0, PIXELS)
+    h, at, mask = _load(x, residual, n, c, pixels, P, C, P, RESIDUAL, CHANNELS_LAST)
+    normed, _ = _norm(h, stats, n, c, C, GROUPS)
+    _, z, gate = _affine(normed, weight, bias, c, C, SILU)
+    tl.store(out + n * C * P + at, z * gate, mask)
+
+
+@jit
+def backward_kernel(
+    grad, x, residual, weight, bias, stats, sums, means, dx, C, P, SPAN, GROUPS: tl.constexpr, SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SUMS: tl.constexpr,
+):  # fmt: skip
+    """SUMS of dz and dz*normed over SPAN pixels, or dx from the groups' means: grid (splits, channels, n)."""
+    split, splits, n = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    last = tl.minimum(split * SPAN + SPAN, P)
+    if SUMS:
+        plain = tl.zeros((CHANNELS,), stats.dtype.element_ty)
+        moved = tl.zeros((CHANNELS,), stats.dtype.element_ty)
+    else:
+        group = means + n * 2 * GROUPS + c // (C // GROUPS)
+        plain, moved = tl.load(group, c < C, 0.0), tl.load(group + GROUPS, c < C, 0.0)
+    for start in range(split * SPAN, last, PIXELS):
+        pixels = start + tl.arange(0, PIXELS)
+        h, at, mask = _load(x, residual, n, c, pixels, last, C, P, RESIDUAL, CHANNELS_LAST)
+        normed, rstd = _norm(h, stats, n, c, C, GROUPS)
+        scale, z, gate = _affine(normed, weight, bias, c, C, SILU)
+        dz = widen(tl.load(grad + n * C * P + at, mask, 0.0))
+        if SILU:
+            dz = dz * gate * (1.0 + z * (1.0 - gate))
+        if SUMS:
+            plain += tl.sum(dz, 0)
+            moved += tl.sum(dz * normed, 0)
+        else:
+            dz = (dz * scale - plain[None, :] - normed * moved[None, :]) * rstd
+            tl.store(dx + n * C * P + at, dz, mask)
+    if SUMS:
+        to = sums + (n * 2 * C + c) * splits + split
+        tl.store(to, plain, c < C)
+        tl.store(to + C * splits, moved, c < C)
+
+
+@jit
+def means_kernel(sums, weight, means, C, P, splits, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Means over a group of dz*weight and of that times normed, from its pieces' sums: grid (groups, n, 2)."""
+    group, n, which = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    piece, count = tl.arange(0, BLOCK), C // GROUPS * splits
+    scale = widen(tl.load(weight + group * (C // GROUPS) + piece // splits, piece < count, 0.0))
+    row = n * 2 + which
+    values = tl.load(sums + row * C * splits + group * count + piece, piece < count, 0.0)
+    tl.store(
+        means + row * GROUPS + group, tl.sum(values * scale) / (C // GROUPS * P).to(values.dtype)
+    )

@@ -1,0 +1,191 @@
+"""Adaptive layer norm of flow transformers: `layer_norm(x) * (1 + scale) + shift`, one read and one write."""
+
+# Triton's parameters have no Python types, and its constants are in capitals.
+# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
+# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tintype_kernels.torch_op import (
+    TorchOp,
+    check_floating,
+    empty,
+    per_sample,
+    public,
+    unit_stride,
+    wide,
+)  # fmt: skip
+from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
+
+TILE = 8192  # elements that a block of eight warps holds in registers
+WIDEST = 16384  # channels that a block can hold
+
+
+def reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """The op in plain PyTorch."""
+    b, _, c = x.shape
+    return F.layer_norm(x, (c,), eps=eps) * (1 + scale.view(b, 1, c)) + shift.view(b, 1, c)
+
+
+def _reference_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return empty(x).copy_(reference(x, shift, scale, eps))
+
+
+def _reference_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, h = wide(grad), wide(x)
+    h = h - h.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    normed, scaled = h * rstd, grad * (1 + wide(scale)[:, None])
+    spread = (scaled * normed).mean(-1, keepdim=True)
+    dx = (scaled - scaled.mean(-1, keepdim=True) - normed * spread) * rstd
+    return empty(x).copy_(dx), grad.sum(1).to(x.dtype), (grad * normed).sum(1).to(x.dtype)
+
+
+@jit
+def _normed(x, mask, C):
+    """Rows of x [rows, channels] in the wide type, centred, and their variances [rows, 1]."""
+    h = widen(x)
+    h = tl.where(mask, h - tl.sum(h, 1)[:, None] / C, 0.0)
+    # What rounding left of the mean: it matters where the mean is thousands of times the spread.
+    h = tl.where(mask, h - tl.sum(h, 1)[:, None] / C, 0.0)
+    return h, tl.sum(h * h, 1)[:, None] / C
+
+
+@jit
+def _forward_kernel(
+    x, shift, scale, out, T, C, x_batch, x_row, shift_batch, scale_batch, eps,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of a sample: grid (tokens, samples)."""
+    rows, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, CHANNELS)
+    mask = (rows[:, None] < T) & (c[None, :] < C)
+    at = rows[:, None] * x_row + c[None, :]
+    h, variance = _normed(tl.load(x + b * x_batch + at, mask, 0.0), mask, C)
+    gain = 1.0 + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))[None, :]
+    offset = widen(tl.load(shift + b * shift_batch + c, c < C, 0.0))[None, :]
+    at = rows[:, None] * C + c[None, :]
+    tl.store(out + b * T * C + at, h * tl.rsqrt(variance + eps) * gain + offset, mask)
+
+
+@jit
+def _backward_kernel(
+    grad, x, scale, dx, sums, T, C, SPAN, x_batch, x_row, scale_batch, eps,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """dx of SPAN tokens of a sample, and their sums of grad and grad*normed: grid (spans, samples)."""
+    span, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, CHANNELS)
+    last = tl.minimum(span * SPAN + SPAN, T)
+    gain = 1.0 + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))[None, :]
+    plain = tl.zeros((CHANNELS,), sums.dtype.element_ty)
+    moved = tl.zeros((CHANNELS,), sums.dtype.element_ty)
+    for start in range(span * SPAN, last, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows[:, None] < last) & (c[None, :] < C)
+        at = rows[:, None] * x_row + c[None, :]
+        h, variance = _normed(tl.load(x + b * x_batch + at, mask, 0.0), mask, C)
+        rstd = tl.rsqrt(variance + eps)
+        normed = h * rstd
+        to = rows[:, None] * C + c[None, :]
+        g = widen(tl.load(grad + b * T * C + to, mask, 0.0))
+        plain += tl.sum(g, 0)
+        moved += tl.sum(g * normed, 0)
+        g *= gain
+        g = g - tl.sum(g, 1)[:, None] / C - normed * (tl.sum(g * normed, 1)[:, None] / C)
+        tl.store(dx + b * T * C + to, g * rstd, mask)
+    sums += (b * tl.num_programs(0) + span) * 2 * C + c
+    tl.store(sums, plain, c < C)
+    tl.store(sums + C, moved, c < C)
+
+
+def _tile(c: int) -> dict[str, int]:
+    channels = power_of_two(c)
+    return {"ROWS": max(1, TILE // 2 // channels), "CHANNELS": channels, "num_warps": 8}
+
+
+def _triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    out, (b, t, c), tile = empty(x), x.shape, _tile(x.shape[-1])
+    x, shift, scale = unit_stride(x), unit_stride(shift), unit_stride(scale)
+    strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
+    _forward_kernel[ceil_div(t, tile["ROWS"]), b](x, shift, scale, out, t, c, *strides, eps, **tile)
+    return out
+
+
+def _triton_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, (b, t, c), tile = empty(x), x.shape, _tile(x.shape[-1])
+    # Sums over 128 spans at most; how a sample is cut never depends on the batch.
+    span = tile["ROWS"] * ceil_div(t, 128 * tile["ROWS"])
+    sums = x.new_empty(b, ceil_div(t, span), 2, c, dtype=wide(scale).dtype)
+    x, scale = unit_stride(x), unit_stride(scale)
+    _backward_kernel[sums.shape[1], b](
+        grad.contiguous(), x, scale, dx, sums, t, c, span, *x.stride()[:2], scale.stride(0), eps, **tile
+    )  # fmt: skip
+    totals = sums.sum(1).to(x.dtype)
+    return dx, totals[:, 0].clone(), totals[:, 1].clone()
+
+
+def _fake_forward(x: Tensor, *_: Any) -> Tensor:
+    return empty(x)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(x), empty(scale), empty(scale)
+
+
+def _too_wide(*arguments: Any) -> str:
+    c = next(value for value in arguments if isinstance(value, Tensor)).shape[-1]
+    return f"a row of {c} channels does not fit a block's {WIDEST}" if c > WIDEST else ""
+
+
+FORWARD = TorchOp(
+    "layer_norm_modulate", fake=_fake_forward, reference=_reference_forward, triton=_triton_forward,
+    obstacles={"triton": _too_wide},
+)  # fmt: skip
+BACKWARD = TorchOp(
+    "layer_norm_modulate_backward", fake=_fake_backward, reference=_reference_backward, triton=_triton_backward,
+    obstacles={"triton": _too_wide},
+)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, scale, ctx.eps = inputs
+    ctx.save_for_backward(x, scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale = ctx.saved_tensors
+    return *BACKWARD(grad, x, scale, ctx.eps), None
+
+
+FORWARD.differentiate(_setup_context, _backward)
+
+
+@public(reference)
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return `layer_norm(x) * (1 + scale) + shift` for x [b, t, c]; shift and scale are [b, c] or [b, 1, c]."""
+    check_floating("x", x, 3)
+    out: Tensor = FORWARD(x, per_sample("shift", shift, x), per_sample("scale", scale, x), eps)
+    return out
+
+
+_SIZES = {"SD3 1024": (4096, 1536), "FLUX 1024": (4608, 3072)}
+
+
+def cases(make: Callable[..., Tensor], batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments at the sizes of real models; `make(*shape)` gives a tensor."""
+    for label, (t, c) in _SIZES.items():
+        yield label, {"x": make(batch, t, c), "shift": make(batch, c), "scale": make(batch, c)}

@@ -1,0 +1,153 @@
+"""An op of torch's, whose body picks among implementations at each call: `tintype::<name>`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tintype_kernels import native as extension
+from tintype_kernels import triton_support
+from tintype_kernels.dispatch import interpreting, select
+
+Obstacle = Callable[..., str]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class TorchOp:
+    """`tintype::<name>`, called like a function; opaque to torch.compile and torch.export, which know its shapes.
+
+    Every implementation takes the op's arguments by position and gives new tensors of the shapes and strides that
+    `fake` gives; the op's schema is read off the annotations of `reference`. `obstacles` holds, by the name of an
+    implementation, a function of the op's arguments that says why it cannot take them, or nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        triton: Callable[..., Any],
+        native: Callable[..., Any] | None = None,
+        obstacles: dict[str, Obstacle] | None = None,
+    ) -> None:
+        self.name = name
+        self.implementations = {"reference": reference, "triton": triton}
+        if native is not None:
+            self.implementations["native"] = native
+        self.obstacles = obstacles or {}
+        self.gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None
+        self._op = torch.library.custom_op(
+            f"tintype::{name}",
+            self._run,
+            mutates_args=(),
+            schema=torch.library.infer_schema(reference, mutates_args=()),
+        )
+        self._op.register_fake(fake)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._op(*arguments)
+
+    def differentiate(
+        self, setup_context: Callable[..., None], backward: Callable[..., Any]
+    ) -> None:
+        """Register the gradient, in the two functions that `torch.library.register_autograd` takes."""
+        self.gradient = setup_context, backward
+        self._op.register_autograd(backward, setup_context=setup_context)
+
+    def _run(self, *arguments: Any) -> Any:
+        device = first_tensor(arguments)
+        chosen = select(
+            triton=self._obstacle("triton", device, arguments),
+            native=self._obstacle("native", device, arguments),
+        )
+        # Triton launches on the current device
+        with torch.cuda.device_of(device):  # type: ignore[no-untyped-call]
+            return self.implementations[chosen](*arguments)
+
+    def _obstacle(self, name: str, tensor: Tensor, arguments: tuple[Any, ...]) -> str:
+        if name not in self.implementations:
+            return f"{self.name} has no {name} form"
+        general = _triton_obstacle(tensor) if name == "triton" else _native_obstacle(tensor)
+        if general or name not in self.obstacles:
+            return general
+        return self.obstacles[name](*arguments)
+
+
+def first_tensor(arguments: Any) -> Tensor:
+    """The tensor that stands for the others' device."""
+    return next(value for value in arguments if isinstance(value, Tensor))
+
+
+def _triton_obstacle(tensor: Tensor) -> str:
+    if triton_support.reason:
+        return triton_support.reason
+    if tensor.device.type == "cpu" and not interpreting():
+        return "on CPU tensors Triton needs TRITON_INTERPRET=1"
+    if tensor.device.type not in {"cpu", "cuda"}:
+        return f"Triton's kernels take cuda tensors, not {tensor.device.type}"
+    return ""
+
+
+def _native_obstacle(tensor: Tensor) -> str:
+    if extension.reason:
+        return extension.reason
+    if tensor.device.type != "cpu":
+        return f"the native kernels take cpu tensors, not {tensor.device.type}"
+    return ""
+
+
+def public(reference: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Hang the plain implementation on the function that users call, as `.reference`."""
+
+    def mark(function: Function) -> Function:
+        function.reference = reference  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise unless `tensor` has `shape` and the dtype and device of `like`."""
+    if tuple(tensor.shape) != shape or tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{name} is {describe(tensor)}, expected {like.dtype}{list(shape)} on {like.device}"
+        )
+
+
+def check_floating(name: str, tensor: Tensor, ndim: int) -> None:
+    """Raise unless `tensor` is of a floating type and has `ndim` dimensions."""
+    if tensor.ndim != ndim or not tensor.dtype.is_floating_point:
+        raise ValueError(
+            f"{name} is {describe(tensor)}, expected a floating tensor of {ndim} dimensions"
+        )
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype, shape and device, in the words of an error message."""
+    return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The type that sums are made in: float32, or float64 where the tensor is that already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def per_sample(name: str, tensor: Tensor, x: Tensor) -> Tensor:
+    """Check a vector that all tokens of a sample share, [b, c] or [b, 1, c] for x [b, t, c]; give it as [b, c]."""
+    b, _, c = x.shape
+    check(name, tensor, (b, 1, c) if tensor.ndim == 3 else (b, c), x)
+    return tensor.reshape(b, c)
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """Give the tensor itself, or a copy where its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def empty(x: Tensor) -> Tensor:
+    """A new contiguous tensor of x's shape, dtype and device."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

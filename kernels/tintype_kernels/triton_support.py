@@ -1,0 +1,33 @@
+"""Triton where it is installed, and what several kernels share. Op files import without it."""
+
+# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+jit: Any
+try:
+    jit = importlib.import_module("triton").jit
+    tl = importlib.import_module("triton.language")
+    reason = ""
+except ImportError as error:
+    jit, tl, reason = lambda kernel: kernel, None, f"Triton is not usable: {error}"  # type: ignore[assignment]
+
+
+@jit
+def widen(x):  # noqa: ANN001, ANN201
+    """Give the type to compute in: float32, or float64 where x is that already."""
+    wide: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
+    return x.to(wide)
+
+
+def ceil_div(count: int, size: int) -> int:
+    """How many pieces of `size` hold `count`."""
+    return -(-count // size)
+
+
+def power_of_two(count: int) -> int:
+    """Give the smallest power of two that is at least `count`: Triton's blocks have such lengths."""
+    return 1 << max(count - 1, 0).bit_length()

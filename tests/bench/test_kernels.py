@@ -1,0 +1,60 @@
+"""The kernels' benchmark and the script for a GPU, in a smoke run on CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tintype_bench import kernels
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--runs", "2", "--limit", "1"]
+
+
+def test_every_form_has_a_row_with_its_share_of_the_bandwidth(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINTYPE_KERNELS", "reference")
+    path = tmp_path / "kernels.json"
+    forms = ["--form", "ours", "eager"]
+    assert (
+        kernels.main([*SMOKE, *forms, "--op", "geglu", "scheduler_step", "--json", str(path)]) == 0
+    )
+    report = json.loads(path.read_text(encoding="utf-8"))
+    limit, *rows = report["rows"]
+    assert limit["gigabytes_per_second"] > 0
+    assert [(row["op"], row["form"]) for row in rows] == [
+        ("geglu", "ours"), ("geglu", "eager"), ("scheduler_step", "ours"), ("scheduler_step", "eager")
+    ]  # fmt: skip
+    for row in rows:
+        times = row["microseconds"]
+        assert 0 < times["lower"] <= times["median"] <= times["upper"]
+        seconds, moved = times["median"] * 1e-6, row["gigabytes_per_second"] * 1e9
+        if row["op"] == "geglu":  # 4096 rows: two halves read, one written
+            assert moved * seconds == pytest.approx(4096 * 3 * 1280 * 4)
+        share = row["gigabytes_per_second"] / limit["gigabytes_per_second"]
+        assert row["percent_of_copy"] == pytest.approx(100 * share)
+
+
+def test_a_form_that_fails_says_so_and_the_others_go_on(monkeypatch, capsys):
+    monkeypatch.setenv("TINTYPE_KERNELS", "native")
+    assert kernels.main([*SMOKE, "--form", "ours", "eager", "--op", "geglu"]) == 0
+    ours, eager = capsys.readouterr().out.splitlines()[1:]
+    assert "geglu has no native form" in ours
+    assert "us [" in eager
+
+
+def test_the_script_checks_and_times(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path), *SMOKE]
+    done = subprocess.run(
+        [*command, "--form", "ours", "--op", "gate_residual"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gate_residual" in (tmp_path / "kernels.txt").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["rows"]
+    assert "0 of " in (tmp_path / "tests.txt").read_text(encoding="utf-8")

@@ -1,0 +1,90 @@
+"""Every op compiled, on a GPU: what `tests/kernels` asks of it interpreted, real sizes, and graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_checks import IDS, SAMPLES, every_check, forced, is_floating, norm_error
+from tintype_kernels import NoiseKey, Row, scheduler_step
+from tintype_kernels.ahead_of_time import op_modules
+from tintype_kernels.philox import philox_normals
+from tolerances import KERNEL_NORM, KERNEL_NORMALS
+
+CHECKS = dict(every_check("cuda"))
+OURS = {sample.op for sample in SAMPLES}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_asked_of_every_op(name):
+    with forced("triton"):
+        CHECKS[name]()
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in op_modules() if m.__name__.rpartition(".")[2] in OURS]
+)
+def test_real_sizes(module):
+    name = module.__name__.rpartition(".")[2]
+    function = getattr(module, name)
+    for case, arguments in module.cases(normal, batch=1):
+        if arguments.get("noise") is not None:
+            continue  # the reference has no keys; the noise has a test of its own
+        exact = {n: v.double() if is_floating(v) else v for n, v in arguments.items()}
+        if "history" in arguments:
+            exact["history"] = [kept.double() for kept in arguments["history"]]
+        plain = getattr(module, "baseline", function.reference)
+        with forced("triton"):
+            found = function(**arguments)
+        pairs = zip(as_tuple(found), as_tuple(plain(**exact)), strict=True)
+        for actual, expected in pairs:
+            assert norm_error(actual, expected) < KERNEL_NORM["bfloat16"], case
+
+
+def normal(*shape):
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def as_tuple(outputs):
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
+def test_inductor_compiles_whole(sample):
+    arguments = sample.arguments(torch.float16, "cuda")
+    compiled = torch.compile(sample.call, fullgraph=True)
+    for fused, eager in zip(compiled(arguments), sample.call(arguments), strict=True):
+        assert torch.equal(fused, eager)
+
+
+def test_noise_made_on_the_device_is_the_hosts():
+    x = torch.zeros(2, 4, 64, 64, device="cuda")
+    row = Row(u_x=0, u_m=0, a=0, c=0, b=(0,), s=1)
+    with forced("triton"):
+        made, _ = scheduler_step(x, x, None, [], row, NoiseKey([7, 2**64 - 1], step=3))
+    for sample, seed in zip(made.cpu(), (7, 2**64 - 1), strict=True):
+        expected = torch.from_numpy(philox_normals(seed, sample.numel(), step=3, stream=1))
+        assert (sample.flatten() - expected).abs().max() < KERNEL_NORMALS
+
+
+def test_a_captured_step_is_replayed_with_another_row_and_key():
+    x, m, uncond, kept = (torch.randn(2, 4, 64, 64, device="cuda") for _ in range(4))
+    rows = [
+        Row(1.2, -0.7, 0.4, 0.3, (0.9, -0.2), s=s, clip=0.8, guidance=g)
+        for s, g in ((1, 2), (2, 7))
+    ]
+    keys = [NoiseKey([5, 6], step=step) for step in (0, 1)]
+    row = torch.tensor(rows[0].coefficients(), device="cuda")
+    key = torch.tensor([[5, 0, 1], [6, 0, 1]], device="cuda")
+    with forced("triton"):
+        scheduler_step(x, m, uncond, [kept], row, key)  # compiled before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            new, h = scheduler_step(x, m, uncond, [kept], row, key)
+        row.copy_(torch.tensor(rows[1].coefficients()))
+        key[:, 1] = 1
+        graph.replay()
+        expected = scheduler_step(x, m, uncond, [kept], rows[1], keys[1])
+    assert torch.equal(new, expected[0])
+    assert torch.equal(h, expected[1])

@@ -1,0 +1,42 @@
+"""Every kernel compiles for every architecture, in a process of its own: here Triton interprets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tintype_kernels.ahead_of_time import ARCHITECTURES, op_modules, runs_on
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ahead_of_time") / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tintype_kernels.ahead_of_time", "--json", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert path.exists(), done.stderr
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_op_compiles_for_every_architecture(report):
+    found = {(row["op"], row["arch"]) for row in report}
+    assert found == {
+        (module.__name__.rpartition(".")[2], arch)
+        for module in op_modules()
+        for arch in ARCHITECTURES
+        if runs_on(module, arch)
+    }
+
+
+def test_nothing_spills_or_multiplies_without_tensor_cores(report):
+    faults = [f"{r['op']} {r['case']} {r['kernel']} sm_{r['arch']} {r['fault']}" for r in report]
+    assert not [fault for fault, row in zip(faults, report, strict=True) if row["fault"]]
+
+
+def test_registers_are_what_the_assembler_reports(report):
+    assert all(0 < row["registers"] <= 255 for row in report)
+    assert all(row["shared_bytes"] <= 227 * 1024 for row in report)
