@@ -132,6 +132,28 @@ def _sdxl_parts() -> dict[str, Any]:
     }
 
 
+def save_smallest(folder: Path) -> Path:
+    """An SD 1 with every module's every kind of layer once, for tests of what surrounds the model."""
+    torch.manual_seed(0)
+    narrow = {"block_out_channels": (32, 32), "layers_per_block": 1}
+    smallest = {
+        "text_encoder": text_encoder(64, layers=1),
+        "unet": unet(
+            64,
+            **narrow,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        "vae": vae(
+            **narrow,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+    }
+    PIPELINES["sd1"](**parts("sd1") | smallest).save_pretrained(folder)
+    return folder
+
+
 def pipeline(kind: str) -> Any:
     return PIPELINES[kind](**parts(kind))
 

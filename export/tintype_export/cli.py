@@ -1,4 +1,4 @@
-"""`tintype export MODEL -o BUNDLE`: write a bundle of ONNX graphs that runs without torch."""
+"""`tintype export MODEL -o BUNDLE`: write a bundle of ONNX graphs, and engines, that runs without torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("export", help="write a bundle that runs without torch")
     parser.add_argument("model", type=Path, help="checkpoint folder in diffusers layout")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
-    parser.add_argument("--target", choices=["onnx"], default="onnx")
-    parser.add_argument("--precision", choices=["fp32"], default="fp32")
+    parser.add_argument("--target", choices=["onnx", "tensorrt"], default="onnx")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
     parser.add_argument(
         "--size",
         type=picture_size,
@@ -27,7 +27,13 @@ def register(subparsers: Any) -> None:
         help="picture sizes; the model's own by default",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=60.0, metavar="PSNR_DB", help="least fidelity"
+        "--gpu", nargs="+", default=[], metavar="sm_NN", help="what tensorrt builds for: sm_89 ..."
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="PSNR_DB",
+        help="least fidelity of a picture; 60 for fp32 and 40 for 16 bits by default",
     )
     parser.add_argument("--steps", type=int, help="steps of a request that names none")
     parser.add_argument("--guidance", type=float, help="guidance of a request that names none")
@@ -45,6 +51,9 @@ def run(options: argparse.Namespace) -> None:
     asked |= {"width": sizes[0][0], "height": sizes[0][1]}
     config = ExportConfig(
         sizes=tuple(sizes),
+        precision=options.precision,
+        target=options.target,
+        gpus=tuple(options.gpu),
         tolerance_db=options.tolerance,
         defaults={name: value for name, value in asked.items() if value is not None},
     )

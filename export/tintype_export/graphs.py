@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,16 +61,18 @@ def trace(stage: Stage, inputs: Mapping[str, Tensor]) -> ir.Model:
     """Export ``stage`` for exactly the shapes of ``inputs``; parameters keep their torch names."""
     # The exporter reports every optional operator library that it does not find.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(
-        stage,
-        tuple(inputs[name] for name in stage.inputs),
-        input_names=list(stage.inputs),
-        output_names=list(stage.outputs),
-        opset_version=OPSET,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
+        program = torch.onnx.export(
+            stage,
+            tuple(inputs[name] for name in stage.inputs),
+            input_names=list(stage.inputs),
+            output_names=list(stage.outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert program is not None
     _fold_shapes(program.model)
     return program.model

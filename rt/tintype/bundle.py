@@ -16,11 +16,16 @@ MANIFEST = "bundle.json"
 FORMAT = 1
 CACHE_VARIABLE = "TINTYPE_CACHE"
 _CHUNK = 1 << 20
+# A bundle's precision, and what it is called where arrays are meant.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. `stages` maps stage -> profile -> file; paths are relative to `folder`."""
+    """A checked bundle. `stages` maps stage -> profile -> graph; paths are relative to `folder`.
+
+    `engines` maps a GPU such as sm_89 to the `package` and `version` that built for it, and to `stages` of its own.
+    """
 
     folder: Path
     name: str
@@ -30,8 +35,9 @@ class Bundle:
     scheduler: dict[str, Any]
     tokenizers: list[str]
     defaults: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def path(self, relative: str) -> Path:
         """The place of a listed file, which is inside the folder."""
@@ -43,8 +49,11 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def open_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
-    """Read the manifest and check every file's size, and its hash unless this machine has done so before."""
+def open_bundle(folder: str | Path, *, check_hashes: bool = True, remember: bool = True) -> Bundle:
+    """Read the manifest and check every file's size, and its hash unless this machine has done so before.
+
+    Without `remember` every file is hashed, whatever this machine knows of it.
+    """
     root = Path(folder)
     manifest = _read_manifest(root)
     bundle = Bundle(
@@ -58,7 +67,7 @@ def open_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
             )
     _check_sizes(bundle)
     if check_hashes:
-        _check_hashes(bundle)
+        _check_hashes(bundle, remember)
     return bundle
 
 
@@ -82,25 +91,32 @@ def write_manifest(
     `provenance` is whatever says how the bundle was made and verified.
     """
     root = Path(folder)
-    files = {relative: _describe(root / relative) for relative in _walk(root)}
-    for relative, stage, profile in _graphs(stages):
-        if relative not in files:
+    return save_manifest(
+        Bundle(
+            folder=root,
+            name=name,
+            family=family,
+            precision=precision,
+            stages={stage: dict(profiles) for stage, profiles in stages.items()},
+            scheduler=dict(scheduler),
+            tokenizers=list(tokenizers),
+            defaults=dict(defaults),
+            files={relative: describe(root / relative) for relative in _walk(root)},
+            provenance=dict(provenance or {}),
+        )
+    )
+
+
+def save_manifest(bundle: Bundle) -> Path:
+    """Write the `bundle.json` of a bundle whose files are described, and return its path."""
+    for relative, stage, profile in _graphs(bundle.stages):
+        if relative not in bundle.files:
             raise BundleError(
-                f"{root}: stage {stage}, profile {profile}: {relative} does not exist"
+                f"{bundle.folder}: stage {stage}, profile {profile}: {relative} does not exist"
             )
-    manifest = {
-        "format": FORMAT,
-        "name": name,
-        "family": family,
-        "precision": precision,
-        "stages": {stage: dict(profiles) for stage, profiles in stages.items()},
-        "tokenizers": list(tokenizers),
-        "scheduler": dict(scheduler),
-        "defaults": dict(defaults),
-        "provenance": dict(provenance or {}),
-        "files": files,
-    }
-    target = root / MANIFEST
+    names = [name for name in Bundle.__dataclass_fields__ if name != "folder"]
+    manifest = {"format": FORMAT, **{name: getattr(bundle, name) for name in names}}
+    target = bundle.folder / MANIFEST
     replace_text(target, json.dumps(manifest, indent=1) + "\n")
     return target
 
@@ -173,7 +189,8 @@ def _walk(root: Path) -> list[str]:
     return sorted(path.as_posix() for path in visible if path.as_posix() != MANIFEST)
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -200,10 +217,10 @@ def _check_sizes(bundle: Bundle) -> None:
             )
 
 
-def _check_hashes(bundle: Bundle) -> None:
+def _check_hashes(bundle: Bundle, remember: bool) -> None:
     """Hash what this machine has not hashed before; a file that changed has another size or time."""
     memory = cache_folder() / "verified.json"
-    known = _remembered(memory)
+    known = _remembered(memory) if remember else {}
     fresh: dict[str, str] = {}
     for relative, entry in bundle.files.items():
         path = bundle.path(relative).resolve()
@@ -217,7 +234,7 @@ def _check_hashes(bundle: Bundle) -> None:
         if key not in known:
             fresh[key] = digest
     if fresh:
-        _remember(memory, known | fresh)
+        _remember(memory, _remembered(memory) | fresh)
 
 
 def _remembered(memory: Path) -> dict[str, str]:

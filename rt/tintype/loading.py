@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tintype.backends import choose
-from tintype.bundle import MANIFEST, cache_folder, is_bundle, open_bundle
+from tintype.backends import Backend, choose
+from tintype.bundle import MANIFEST, Bundle, cache_folder, is_bundle, open_bundle
 from tintype.errors import CheckpointError
-from tintype.families.latent_unet import LatentUNet
+from tintype.families.conditioning import TextTokenizer
+from tintype.families.latent_diffusion import LatentDiffusion
 from tintype.pipeline import Pipeline
+from tintype.t5_tokenizer import T5Tokenizer
 from tintype.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -34,15 +37,17 @@ def load(
     """Load a model and return its pipeline.
 
     `source` is a bundle folder, a checkpoint folder in diffusers layout, a single `.safetensors` file, the
-    name of a model in the box, or a hub id. `backend` is auto, onnxruntime or torch; bundles run without
-    torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32".
+    name of a model in the box, or a hub id. `backend` is auto, onnxruntime, openvino, tensorrt
+    or torch; bundles run without torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32".
     `batch_invariant` gives every picture the bytes that it has alone, wherever it is in a batch; None means on CPU.
     """
     path = resolve(source)
     options = {"device": device, "dtype": dtype, "batch_invariant": batch_invariant}
     if is_bundle(path) and not (backend == "torch" and is_checkpoint(path)):
-        return _load_bundle(path, backend, options)
-    return _load_checkpoint(path, backend, options, allow_pickle)
+        choose(backend, "bundle")  # an absent backend is told before gigabytes are hashed
+        return bundle_pipeline(open_bundle(path), backend, **options)
+    choose(backend, "checkpoint")  # opening one imports what an absent backend lacks
+    return checkpoint_pipeline(open_source(path, allow_pickle=allow_pickle), backend, **options)
 
 
 def resolve(source: str | Path) -> Path:
@@ -81,34 +86,59 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return open_checkpoint(path, allow_pickle=allow_pickle)
 
 
-def _load_bundle(path: Path, backend: str, options: dict[str, Any]) -> Pipeline:
-    _, reason = choose(backend, "bundle")
-    from tintype.backends.onnxruntime import OnnxRuntimeBackend
-
-    bundle = open_bundle(path)
-    family = LatentUNet(
-        backend=OnnxRuntimeBackend(bundle, **options),
+def bundle_pipeline(bundle: Bundle, backend: str = "auto", **options: Any) -> Pipeline:
+    """The pipeline of a bundle that has been opened, with `load`'s options."""
+    name, reason = choose(backend, "bundle")
+    family = LatentDiffusion(
+        backend=_bundle_backend(name)(bundle, **options),
         tokenizers=[ClipTokenizer(bundle.path(folder)) for folder in bundle.tokenizers],
         scheduler_config=bundle.scheduler,
         defaults=bundle.defaults,
+        kind=bundle.family,
     )
     return Pipeline(bundle.name, family, reason)
 
 
-def _load_checkpoint(
-    path: Path, backend: str, options: dict[str, Any], allow_pickle: bool
-) -> Pipeline:
+def _bundle_backend(name: str) -> Callable[..., Backend]:
+    """The class of that name; only its own package is imported."""
+    if name == "openvino":
+        from tintype.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend
+    if name == "tensorrt":
+        from tintype.backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend
+    from tintype.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend
+
+
+def checkpoint_pipeline(checkpoint: Checkpoint, backend: str = "auto", **options: Any) -> Pipeline:
+    """The pipeline of a checkpoint that has been opened, with `load`'s options."""
     _, reason = choose(backend, "checkpoint")
     from tintype.backends.torch import TorchBackend
 
-    checkpoint = open_source(path, allow_pickle=allow_pickle)
-    family = LatentUNet(
+    family = LatentDiffusion(
         backend=TorchBackend(checkpoint, **options),
-        tokenizers=[ClipTokenizer(folder) for folder in checkpoint.tokenizer_folders],
+        tokenizers=_tokenizers(checkpoint),
         scheduler_config=checkpoint.scheduler_config,
         defaults=checkpoint.defaults,
+        kind=checkpoint.family,
     )
+    path = checkpoint.source
     return Pipeline(path.stem if path.is_file() else path.name, family, reason)
+
+
+def _tokenizers(checkpoint: Checkpoint) -> list[TextTokenizer]:
+    """One a text encoder, of the encoder's kind."""
+    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
+    return [
+        T5Tokenizer(folder, checkpoint.defaults["text_tokens"])
+        if checkpoint.components[name].architecture == "T5EncoderModel"
+        else ClipTokenizer(folder)
+        for name, folder in zip(encoders, checkpoint.tokenizer_folders, strict=True)
+    ]
 
 
 def _fetch(hub_id: str) -> Path:

@@ -13,7 +13,7 @@ from PIL import Image
 from tintype import images
 from tintype.errors import Cancelled, RequestError
 from tintype.families.conditioning import Conditioning
-from tintype.families.latent_unet import LatentUNet
+from tintype.families.latent_diffusion import LatentDiffusion
 from tintype.guidance import Scale, check_scale
 from tintype.images import Floats, to_pil
 from tintype.request import ImageRequest, share, spread, starts, whole_number
@@ -39,7 +39,7 @@ class Pipeline:
     """A loaded model. Safe to call from many threads: whatever a request changes is local to the call."""
 
     name: str
-    family: LatentUNet
+    family: LatentDiffusion
     backend_reason: str
 
     def settings(
@@ -88,6 +88,7 @@ class Pipeline:
         callback_on_step_end: OnStep | None = None,
         guidance_rescale: float = 0.0,
         guidance_parallel: float = 1.0,
+        true_cfg_scale: float = 1.0,
         prompt_weighting: bool = False,
         long_prompts: bool = False,
         interpolate_from: tuple[int, int] | None = None,
@@ -97,7 +98,8 @@ class Pipeline:
         `guidance_scale` is a number, a list of one a step, or a function of progress in 0..1, such as
         `tintype.guidance.interval(7.5, 0.1, 0.8)`; 1 or less means no guidance, and `guidance_rescale` draws the
         guided output's deviation back to the prompt's own; `guidance_parallel` below 1 keeps only that share of what
-        guidance does along the output itself, which lets strong scales stay true to colour.
+        guidance does along the output itself, which lets strong scales stay true to colour. FLUX is told its
+        `guidance_scale`; `true_cfg_scale` is what extrapolates from its negative prompt.
 
         `latents` is the unit noise to begin from, [n, c, h/f, w/f].
 
@@ -135,9 +137,25 @@ class Pipeline:
             "long_prompts": long_prompts,
             "interpolate_from": interpolate_from,
         }
+        settings |= self._told(settings["guidance"], true_cfg_scale)
         own = _own_arrays(latents, image, mask_image, settings)
         requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
         return self._run(requests, output_type, callback_on_step_end)
+
+    def _told(self, guidance: Scale, true_cfg_scale: float) -> dict[str, Any]:
+        """Guidance of a model that is told it, beside the one that extrapolates."""
+        if self.family.kind != "flux":
+            if true_cfg_scale != 1.0:
+                raise RequestError(
+                    f"true_cfg_scale={true_cfg_scale!r} is for models that are told guidance_scale; use that"
+                )
+            return {}
+        if not isinstance(guidance, (int, float)):
+            raise RequestError(
+                "guidance_scale is one number for a model that is told it; vary true_cfg_scale instead"
+            )
+        told = float(guidance) if self.family.defaults["guidance_embeds"] else None
+        return {"guidance": check_scale(true_cfg_scale, 1), "embedded_guidance": told}
 
     def _own_size(self, image: Any) -> tuple[int | None, int | None]:
         """The size of the (first) picture where the model runs it; else the model's own."""

@@ -24,6 +24,7 @@ class ImageRequest:
 
     `latents` is unit noise float32 [1, c, h/f, w/f], or None to draw it; `image` [1, h, w, 3] in 0..1 and `mask`
     [1, h, w, 1], 1 where the picture is painted anew, are what an edit begins with, `strength` the share of steps.
+    `embedded_guidance` is told to models that were distilled with it; `guidance` is the extrapolation's scale.
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class ImageRequest:
     strength: float = 1.0
     guidance_rescale: float = 0.0
     guidance_parallel: float = 1.0
+    embedded_guidance: float | None = None
     prompt_weighting: bool = False
     long_prompts: bool = False
     interpolate_from: tuple[int, int] | None = None

@@ -68,7 +68,7 @@ class ClipTokenizer:
         weights: list[float] = []
         dropped = ""
         for fragment, weight in fragments:
-            text = _well_formed(fragment)
+            text = well_formed(fragment)
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             free = room - len(ids)
             if len(encoding.ids) > max(free, 0):
@@ -101,7 +101,7 @@ class ClipTokenizer:
         return int(number)
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     """Text without lone surrogates, which no UTF-8 holds; each becomes the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

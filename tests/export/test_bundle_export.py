@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
-import numpy as np
 import onnx
 import pytest
 
 import tintype
-from small_checkpoints import save
+from small_checkpoints import save, save_smallest
 from tintype.errors import BundleError, CheckpointError, ProfileError
 from tintype_export import bundle as exporting
 from tintype_export.bundle import ExportConfig, export_bundle
@@ -27,10 +27,10 @@ def exported(request, tmp_path_factory):
     return source, export_bundle(source, folder / "bundle", CONFIG)
 
 
-def difference_from_torch(source, folder, *, steps):
+def difference_from_torch(source, folder, *, steps, side=64):
     """Relative error of the bundle's picture against float32 torch's."""
     settings = {"seed": 3, "num_inference_steps": steps, "output_type": "np"}
-    settings |= {"width": 64, "height": 64, "guidance_scale": 3.0}
+    settings |= {"width": side, "height": side, "guidance_scale": 3.0}
     expected = tintype.load(source, backend="torch", dtype="float32")("red", **settings)
     actual = tintype.load(folder)("red", **settings)
     return relative_error(actual.images, expected.images)
@@ -70,42 +70,33 @@ def test_the_report_in_the_manifest_covers_every_graph(exported):
     graphs = {(s, p) for s, profiles in manifest["stages"].items() for p in profiles}
     assert {(row["stage"], row["profile"]) for row in report["stages"]} == graphs
     assert all(row["relative_error"] < STAGE_FP32 for row in report["stages"])
-    assert report["psnr_db"] > report["other_seed_db"]
+    picture = report["picture"]
+    assert picture["psnr_db"] > picture["other_seed_db"]
+    assert picture["ssim"] > picture["other_seed_ssim"]
+    assert len(picture["latents_error"]) == picture["steps"]
+    assert max(picture["latents_error"]) < STAGE_FP32
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_weights_stored_in_half_precision_are_computed_with_in_single(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    source = tmp_path / "checkpoint"
-    save("sd1", source)
+    source = save_smallest(tmp_path / "checkpoint")
     for path in source.glob("*/*.safetensors"):
         halves = {name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}
         save_file(halves, path, metadata={"format": "pt"})
-    folder = export_bundle(source, tmp_path / "bundle", CONFIG)
-    assert difference_from_torch(source, folder, steps=2) < STAGE_FP32
+    config = ExportConfig(((16, 16),), defaults={"width": 16, "height": 16})
+    folder = export_bundle(source, tmp_path / "bundle", config)
+    assert difference_from_torch(source, folder, steps=2, side=16) < STAGE_FP32
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_bundle_over_budget_is_not_written(tmp_path):
-    source = tmp_path / "checkpoint"
-    save("sd1", source)
+    source = save_smallest(tmp_path / "checkpoint")
+    config = ExportConfig(((16, 16),), tolerance_db=1000.0, defaults={"width": 16, "height": 16})
     with pytest.raises(BundleError, match=r"dB of the reference"):
-        export_bundle(
-            source, tmp_path / "bundle", ExportConfig(**{**vars(CONFIG), "tolerance_db": 1000.0})
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_an_export_that_dies_leaves_nothing(tmp_path, monkeypatch):
-    source = tmp_path / "checkpoint"
-    save("sd1", source)
-
-    def fail(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(exporting, "save", fail)
-    with pytest.raises(OSError, match="No space"):
-        export_bundle(source, tmp_path / "bundle", CONFIG)
+        export_bundle(source, tmp_path / "bundle", config)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -121,9 +112,9 @@ def test_a_single_file_is_refused_with_a_reason(tmp_path):
         export_bundle(tmp_path / "absent.safetensors", tmp_path / "bundle", CONFIG)
 
 
-def test_psnr_is_the_textbook_formula():
-    from tintype_export.verify import psnr
-
-    image = np.zeros((1, 4, 4, 3))
-    assert psnr(image + 0.1, image) == pytest.approx(20.0)
-    assert psnr(image, image) == 100.0
+def test_a_family_without_graphs_is_refused_with_what_runs_it(tmp_path, monkeypatch):
+    source = save_smallest(tmp_path / "checkpoint")
+    flow = replace(exporting.open_checkpoint(source), family="latent_flow")
+    monkeypatch.setattr(exporting, "open_checkpoint", lambda folder: flow)
+    with pytest.raises(CheckpointError, match="is a latent_flow; .* backend='torch'"):
+        export_bundle(source, tmp_path / "bundle", CONFIG)

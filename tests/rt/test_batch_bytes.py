@@ -23,7 +23,7 @@ PROMPTS = (
 SETTINGS = {"num_inference_steps": 2, "output_type": "np"}
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
 def test_bytes_do_not_depend_on_the_batch(backend):
     pipeline = tintype.load("postcard", backend=backend)
     rng, drawn = np.random.default_rng(7), 0

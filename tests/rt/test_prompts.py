@@ -60,7 +60,7 @@ def test_any_text_is_read_or_refused(prompt):
 @pytest.fixture
 def side(tiny_pipeline):
     family = tiny_pipeline.family
-    return TextSide(family.backend, family.tokenizers)
+    return TextSide(family.backend, family.tokenizers, family.kind, family.defaults)
 
 
 def test_brackets_are_plain_text_unless_asked_for(tiny_pipeline, side):

@@ -39,38 +39,38 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """One backend: the package that it needs, the extra that brings it, and what it runs."""
+    """One backend: the packages of which it needs one, the extra that brings it, and what it runs."""
 
-    package: str
+    packages: tuple[str, ...]
     extra: str
     runs: str  # "bundle" or "checkpoint"
+    auto: bool = True  # whether it is tried unasked
 
 
 # In the order in which `auto` tries them.
 KINDS = {
-    "onnxruntime": Kind("onnxruntime", "cpu", "bundle"),
-    "torch": Kind("torch", "torch", "checkpoint"),
+    "onnxruntime": Kind(("onnxruntime",), "cpu", "bundle"),
+    "openvino": Kind(("openvino",), "openvino", "bundle"),
+    # Runs no bundle but those with engines for this very GPU, and so is not guessed.
+    "tensorrt": Kind(("tensorrt_rtx", "tensorrt"), "tensorrt-rtx", "bundle", auto=False),
+    "torch": Kind(("torch",), "torch", "checkpoint"),
 }
-_PLANNED = ("openvino", "tensorrt")
 
 
 def available(name: str) -> bool:
-    """Whether the backend's package is installed; it is not imported for this."""
-    return importlib.util.find_spec(KINDS[name].package) is not None
+    """Whether a package of the backend is installed; it is not imported for this."""
+    return any(importlib.util.find_spec(each) is not None for each in KINDS[name].packages)
 
 
 def choose(wanted: str, runs: str) -> tuple[str, str]:
     """Pick the backend for a "bundle" or a "checkpoint": its name, and why it was picked."""
     fitting = [name for name, kind in KINDS.items() if kind.runs == runs]
     if wanted == "auto":
-        for name in fitting:
+        unasked = [name for name in fitting if KINDS[name].auto]
+        for name in unasked:
             if available(name):
-                return name, f"it runs a {runs} and {KINDS[name].package} is installed"
+                return name, _reason(name, runs, unasked)
         raise _absent(fitting[0], f"no backend for a {runs} is installed")
-    if wanted in _PLANNED:
-        raise BackendUnavailable(
-            f"backend={wanted!r} is not built yet; choose one of auto, {', '.join(KINDS)}"
-        )
     if wanted not in KINDS:
         raise RequestError(f"backend={wanted!r} is unknown; choose one of auto, {', '.join(KINDS)}")
     if wanted not in fitting:
@@ -78,7 +78,7 @@ def choose(wanted: str, runs: str) -> tuple[str, str]:
             f"backend={wanted!r} does not run a {runs}; choose one of auto, {', '.join(fitting)}"
         )
     if not available(wanted):
-        raise _absent(wanted, f"backend={wanted!r} needs the package {KINDS[wanted].package}")
+        raise _absent(wanted, f"backend={wanted!r} needs the package {_packages(wanted)}")
     return wanted, "it was asked for"
 
 
@@ -88,6 +88,16 @@ def report() -> dict[str, str]:
         name: "available" if available(name) else f'absent: pip install "tintype[{kind.extra}]"'
         for name, kind in KINDS.items()
     }
+
+
+def _reason(name: str, runs: str, fitting: list[str]) -> str:
+    others = [other for other in fitting if other != name and available(other)]
+    also = f"; {', '.join(others)} would run it, too, where asked for" if others else ""
+    return f"it runs a {runs} and {_packages(name)} is installed{also}"
+
+
+def _packages(name: str) -> str:
+    return " or ".join(KINDS[name].packages)
 
 
 def _absent(name: str, problem: str) -> BackendUnavailable:

@@ -1,11 +1,13 @@
-"""Which files an ONNX graph reads its weights from, told from its bytes without the onnx package.
+"""Where an ONNX graph reads its weights from, and its outputs' names, from its bytes without the onnx package.
 
 onnxruntime before 1.24 follows any path that a graph names, so the names are compared with the bundle's own list.
+OpenVINO reads weights from the graph's own folder or from memory alone, so its graphs are pointed to memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from tintype.errors import BundleError
 
@@ -20,40 +22,100 @@ _FIELDS = {
     "tensor": {13: "entry"},
 }
 _VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
+_EXTERNAL_DATA = 13
+_GRAPH, _OUTPUT, _NAME = 7, 12, 1  # of a model, a graph, a value's description
+# What onnxruntime writes in place of a file's name where the offset is an address, and others have learned to read.
+IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
+
+Place = Callable[[str, int, "int | None"], "tuple[int, int]"]
+"""(location, offset, length or None for the rest) -> (address, length)"""
+
+
+class _Field(NamedTuple):
+    """One field of a protobuf message: its number, its bytes where it is sized, and all that it is written as."""
+
+    number: int
+    payload: memoryview | None
+    whole: memoryview
 
 
 def weight_files(graph: bytes) -> set[str]:
     """The `location` of every external tensor, as the graph writes it."""
     try:
-        return {
-            bytes(fields[2]).decode()
-            for entry in _entries(memoryview(graph), "model")
-            if bytes((fields := dict(_parts(entry))).get(1, b"")) == b"location"
-        }
+        found = (_entry(entry) for entry in _entries(memoryview(graph), "model"))
+        return {value for key, value in found if key == "location"}
     except (IndexError, KeyError, UnicodeDecodeError) as error:
         raise BundleError(f"not an ONNX graph: {error}") from error
 
 
+def read_from_memory(graph: bytes, place: Place) -> bytes:
+    """The graph with every external tensor at the address that `place` gives for it."""
+    return _moved(memoryview(graph), "model", place)
+
+
+def output_names(graph: bytes) -> list[str]:
+    """What a graph calls its outputs, in its order."""
+    graphs = _payloads(memoryview(graph), _GRAPH)
+    infos = (info for each in graphs for info in _payloads(each, _OUTPUT))
+    return [bytes(name).decode() for info in infos for name in _payloads(info, _NAME)]
+
+
+def _payloads(message: memoryview, number: int) -> Iterator[memoryview]:
+    for field in _fields(message):
+        if field.number == number and field.payload is not None:
+            yield field.payload
+
+
+def _moved(message: memoryview, kind: str, place: Place) -> bytes:
+    parts: list[bytes | memoryview] = []
+    entries: dict[str, str] = {}
+    for field in _fields(message):
+        inner = _FIELDS[kind].get(field.number)
+        if inner is None or field.payload is None:
+            parts.append(field.whole)
+        elif inner == "entry":
+            key, value = _entry(field.payload)
+            entries[key] = value
+        else:
+            parts.append(_sized(field.number, _moved(field.payload, inner, place)))
+    if "location" in entries:
+        length = int(entries["length"]) if "length" in entries else None
+        address, size = place(entries["location"], int(entries.get("offset", 0)), length)
+        told = {"location": IN_MEMORY, "offset": str(address), "length": str(size)}
+        for key, value in told.items():
+            entry = _sized(1, key.encode()) + _sized(2, value.encode())
+            parts.append(_sized(_EXTERNAL_DATA, entry))
+    return b"".join(parts)
+
+
 def _entries(message: memoryview, kind: str) -> Iterator[memoryview]:
-    for number, part in _parts(message):
-        inner = _FIELDS[kind].get(number)
+    for field in _fields(message):
+        inner = _FIELDS[kind].get(field.number)
+        if field.payload is None or inner is None:
+            continue
         if inner == "entry":
-            yield part
-        elif inner:
-            yield from _entries(part, inner)
+            yield field.payload
+        else:
+            yield from _entries(field.payload, inner)
 
 
-def _parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(field number, bytes) of the sized fields of a protobuf message; numbers are passed over."""
+def _entry(message: memoryview) -> tuple[str, str]:
+    """A pair of texts, each empty where it is not written."""
+    texts = {field.number: bytes(field.payload or b"").decode() for field in _fields(message)}
+    return texts.get(1, ""), texts.get(2, "")
+
+
+def _fields(message: memoryview) -> Iterator[_Field]:
     position = 0
     while position < len(message):
+        begin = position
         tag, position = _varint(message, position)
-        kind = tag & 7
+        kind, payload = tag & 7, None
         if kind == _SIZED:
             size, position = _varint(message, position)
             if position + size > len(message):
                 raise IndexError("a field is longer than its message")
-            yield tag >> 3, message[position : position + size]
+            payload = message[position : position + size]
             position += size
         elif kind == _VARINT:
             _, position = _varint(message, position)
@@ -61,6 +123,7 @@ def _parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
             position += 8 if kind == _EIGHT_BYTES else 4
         else:
             raise IndexError(f"field of unknown kind {kind}")
+        yield _Field(tag >> 3, payload, message[begin:position])
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
@@ -72,3 +135,15 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+
+
+def _sized(number: int, payload: bytes) -> bytes:
+    return _as_varint(number << 3 | _SIZED) + _as_varint(len(payload)) + payload
+
+
+def _as_varint(value: int) -> bytes:
+    parts = bytearray()
+    while value >= 0x80:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])

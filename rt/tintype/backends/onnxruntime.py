@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
-
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tintype.backends import Arrays
-from tintype.backends.onnx_weights import weight_files
-from tintype.bundle import MANIFEST, Bundle
-from tintype.errors import BackendUnavailable, BundleError, ProfileError, RequestError
+from tintype.backends.compiled import Compiled, cores, one_line
+from tintype.backends.graphs import graph_file, read_graph
+from tintype.bundle import DTYPES, Bundle
+from tintype.errors import BackendUnavailable, BundleError, RequestError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -36,14 +31,18 @@ class OnnxRuntimeBackend:
         dtype: str = "auto",
         batch_invariant: bool | None = None,
     ) -> None:
-        if dtype not in ("auto", bundle.precision, {"fp32": "float32"}.get(bundle.precision)):
-            raise RequestError(f"dtype={dtype!r}: this bundle was exported in {bundle.precision}")
+        # Its graphs are written in what they are computed in, and none is written in bfloat16.
+        self.dtype = "float16" if bundle.precision == "fp16" else "float32"
+        if DTYPES.get(dtype, dtype) not in ("auto", self.dtype):
+            raise RequestError(
+                f"dtype={dtype!r}: this bundle was exported in {bundle.precision}, which onnxruntime computes in "
+                f"{self.dtype}"
+            )
         self.bundle = bundle
         self._provider = _provider(device)
         on_cpu = self._provider == _PROVIDERS["cpu"]
         self.batch_invariant = on_cpu if batch_invariant is None else batch_invariant
-        self._sessions: dict[tuple[str, str], Future[ort.InferenceSession]] = {}
-        self._lock = threading.Lock()
+        self._sessions = Compiled(self._open)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -53,41 +52,17 @@ class OnnxRuntimeBackend:
         return list(self.bundle.stages[stage])
 
     def compile(self, stage: str, profile: str) -> None:
-        """Begin making the session in a thread of its own: graph optimisation is serial and holds no GIL."""
-        self._session(
-            stage, profile, lambda work: threading.Thread(target=work, daemon=True).start()
-        )
+        self._sessions.begin((stage, profile))
 
     def run(self, stage: str, profile: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        session = self._session(stage, profile, lambda work: work()).result()
+        session = self._sessions.get((stage, profile))
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
-    def _session(
-        self, stage: str, profile: str, begin: Callable[[Callable[[], None]], None]
-    ) -> Future[Any]:
-        with self._lock:
-            future = self._sessions.get((stage, profile))
-            if future is not None and not (future.done() and future.exception()):
-                return future
-            future = self._sessions[stage, profile] = Future()
-        begin(lambda: self._fulfil(future, stage, profile))
-        return future
-
-    def _fulfil(self, future: Future[ort.InferenceSession], stage: str, profile: str) -> None:
-        try:
-            future.set_result(self._open(stage, profile))
-        except Exception as error:  # whoever waits for the session gets it
-            future.set_exception(error)
-
-    def _open(self, stage: str, profile: str) -> ort.InferenceSession:
-        relative = self.bundle.stages[stage].get(profile)
-        if relative is None:
-            raise ProfileError(
-                f"stage {stage} has no profile {profile}; it has {', '.join(self.profiles(stage))}"
-            )
+    def _open(self, key: tuple[str, str]) -> ort.InferenceSession:
+        relative = graph_file(self.bundle.stages, *key)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = _cores()
+        options.intra_op_num_threads = cores()
         # Waiting threads that spin take the cores from the other stages' sessions, and from other processes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Graphs name their weights relative to the bundle's root. onnxruntime refuses paths that leave the
@@ -95,30 +70,13 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.bundle.folder)
         )
-        graph = self._graph(relative)
+        graph = read_graph(self.bundle, relative)
         try:
             return ort.InferenceSession(graph, options, providers=[self._provider])
         except Exception as error:  # onnxruntime's own classes share no public base
-            raise BundleError(f"{self.bundle.folder}: {relative} does not load: {error}") from error
-
-    def _graph(self, relative: str) -> bytes:
-        """A graph's bytes, once every file that it points into is known to be one of the bundle's."""
-        graph = self.bundle.path(relative).read_bytes()
-        try:
-            locations = weight_files(graph)
-        except BundleError as error:
-            raise BundleError(f"{self.bundle.folder}: {relative} does not load: {error}") from error
-        if strange := sorted(locations - self.bundle.files.keys()):
             raise BundleError(
-                f"{self.bundle.folder}: {relative} points to {strange[0]!r}, which {MANIFEST} does not list"
-            )
-        return graph
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+                f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
+            ) from error
 
 
 def _provider(device: str) -> str:

@@ -150,12 +150,21 @@ class TorchBackend:
 
     def _component(self, name: str, dtype: torch.dtype) -> nn.Module:
         if (name, dtype) not in self._components:
-            module = self.checkpoint.component(name, dtype, self.device)
-            upcast = self.checkpoint.configs[name].get("force_upcast", False)
-            if isinstance(module, AutoencoderKL) and upcast and dtype == torch.float16:
-                scale_residual_stream(module.decoder, _RESIDUAL_SCALE)
-            self._components[name, dtype] = module
+            self._components[name, dtype] = load_component(
+                self.checkpoint, name, dtype, self.device
+            )
         return self._components[name, dtype]
+
+
+def load_component(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """A checkpoint's module, made safe for float16 where it says that it overflows."""
+    module = checkpoint.component(name, dtype, device)
+    upcast = checkpoint.configs[name].get("force_upcast", False)
+    if isinstance(module, AutoencoderKL) and upcast and dtype == torch.float16:
+        scale_residual_stream(module.decoder, _RESIDUAL_SCALE)
+    return module
 
 
 def _check_ids(stage: str, ids: NDArray[Any], words: int) -> None:

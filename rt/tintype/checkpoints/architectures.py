@@ -15,6 +15,9 @@ from tintype.models.clip import (
     CLIPTextEncoder,
     CLIPVisionConfig,
 )
+from tintype.models.flux import FluxConfig, FluxTransformer
+from tintype.models.sd3 import SD3Config, SD3Transformer
+from tintype.models.t5 import T5Config, T5Encoder
 from tintype.models.unet import UNet, UNetConfig
 
 
@@ -30,13 +33,28 @@ def _unet(_: str, config: Mapping[str, Any]) -> nn.Module:
     return UNet(UNetConfig.from_json(config))
 
 
+def _t5(name: str, config: Mapping[str, Any]) -> nn.Module:
+    return T5Encoder(T5Config.from_json(config, name))
+
+
+def _sd3(_: str, config: Mapping[str, Any]) -> nn.Module:
+    return SD3Transformer(SD3Config.from_json(config))
+
+
+def _flux(_: str, config: Mapping[str, Any]) -> nn.Module:
+    return FluxTransformer(FluxConfig.from_json(config))
+
+
 def _vae(_: str, config: Mapping[str, Any]) -> nn.Module:
     return AutoencoderKL(AutoencoderKLConfig.from_json(config))
 
 
 _BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
     "UNet2DConditionModel": _unet,
+    "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux,
     "AutoencoderKL": _vae,
+    "T5EncoderModel": _t5,
     "CLIPTextModel": partial(_text, projection=False),
     "CLIPTextModelWithProjection": partial(_text, projection=True),
     "CLIPVisionModelWithProjection": _vision,

@@ -33,7 +33,8 @@ class Checkpoint:
 
     `tokenizer_folders` has one folder a text encoder. `defaults` holds `height`, `width`,
     `num_inference_steps`, `guidance_scale`, `force_zeros_for_empty_prompt`, `latent_channels`,
-    `latent_factor` and `denoiser_channels` (9 where the model inpaints).
+    `latent_factor`, `denoiser_channels` (9 where the model inpaints), and for flow transformers
+    `size_multiple` (pixels), `text_width`, `text_tokens` (of T5) and `guidance_embeds`.
     """
 
     family: str
@@ -86,4 +87,36 @@ def default_settings(
         "latent_channels": vae.get("latent_channels", 4),
         "latent_factor": factor,
         "denoiser_channels": unet.get("in_channels", 4),
+    }
+
+
+# Steps and guidance that the models' authors publish pictures with; tokens that T5 reads.
+_FLOWS: Mapping[str, Mapping[str, Any]] = {
+    "sd3": {"num_inference_steps": 28, "guidance_scale": 7.0, "text_tokens": 256},
+    "flux": {"num_inference_steps": 28, "guidance_scale": 3.5, "text_tokens": 512},
+    # FLUX schnell, which was distilled to few steps and is told no guidance
+    "flux-schnell": {"num_inference_steps": 4, "guidance_scale": 0.0, "text_tokens": 256},
+}
+
+
+def flow_settings(
+    family: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a request to a flow transformer that leaves them open, as published for the model."""
+    factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+    patch = 2  # SD3's patches and FLUX's packed squares alike
+    channels = transformer["in_channels"] // (1 if family == "sd3" else patch**2)
+    embeds = bool(transformer.get("guidance_embeds", False))
+    kind = "flux-schnell" if family == "flux" and not embeds else family
+    side = transformer.get("sample_size", 128) * factor
+    return {
+        "height": side,
+        "width": side,
+        **_FLOWS[kind],
+        "latent_channels": vae.get("latent_channels", 16),
+        "latent_factor": factor,
+        "denoiser_channels": channels,
+        "size_multiple": factor * patch,
+        "text_width": transformer["joint_attention_dim"],
+        "guidance_embeds": embeds,
     }

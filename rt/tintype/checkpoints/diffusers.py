@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tintype.checkpoints.checkpoint import Checkpoint, Component, default_settings
+from tintype.checkpoints.checkpoint import (
+    Checkpoint,
+    Component,
+    default_settings,
+    flow_settings,
+)
 from tintype.checkpoints.files import (
     PICKLES,
     Target,
@@ -18,19 +26,57 @@ from tintype.checkpoints.files import (
 from tintype.errors import CheckpointError
 
 INDEX = "model_index.json"
-_PIPELINES = tuple(
-    f"StableDiffusion{kind}{task}Pipeline"
-    for kind in ("", "XL")
-    for task in ("", "Img2Img", "Inpaint")
+_CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_T5 = ("T5EncoderModel",)
+_TASKS = ("", "Img2Img", "Inpaint")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A family of pipelines: the classes that its components may have, of which ``optional`` ones may be absent."""
+
+    family: str
+    pipelines: tuple[str, ...]
+    classes: Mapping[str, tuple[str, ...]]
+    optional: tuple[str, ...] = ()
+
+
+_LAYOUTS = (
+    _Layout(
+        "latent_unet",
+        tuple(f"StableDiffusion{kind}{task}Pipeline" for kind in ("", "XL") for task in _TASKS),
+        {
+            "unet": ("UNet2DConditionModel",),
+            "vae": ("AutoencoderKL",),
+            "text_encoder": _CLIP,
+            "text_encoder_2": ("CLIPTextModelWithProjection",),
+            "image_encoder": ("CLIPVisionModelWithProjection",),
+        },
+        optional=("text_encoder_2", "image_encoder"),
+    ),
+    _Layout(
+        "sd3",
+        tuple(f"StableDiffusion3{task}Pipeline" for task in _TASKS),
+        {
+            "transformer": ("SD3Transformer2DModel",),
+            "vae": ("AutoencoderKL",),
+            "text_encoder": ("CLIPTextModelWithProjection",),
+            "text_encoder_2": ("CLIPTextModelWithProjection",),
+            "text_encoder_3": _T5,
+        },
+        optional=("text_encoder_3",),
+    ),
+    _Layout(
+        "flux",
+        tuple(f"Flux{task}Pipeline" for task in _TASKS),
+        {
+            "transformer": ("FluxTransformer2DModel",),
+            "vae": ("AutoencoderKL",),
+            "text_encoder": ("CLIPTextModel",),
+            "text_encoder_2": _T5,
+        },
+    ),
 )
-_REQUIRED = ("unet", "vae", "text_encoder")
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "image_encoder": ("CLIPVisionModelWithProjection",),
-}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -38,33 +84,50 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     """Open a folder in diffusers layout."""
     index = read_json(folder / INDEX)
-    pipeline = index.get("_class_name")
-    if pipeline not in _PIPELINES:
-        raise CheckpointError(
-            f"{folder / INDEX} names {pipeline}; supported: {', '.join(_PIPELINES)}"
-        )
+    layout = _layout(folder, index.get("_class_name"))
     present = {name for name, value in index.items() if isinstance(value, list) and value[-1]}
-    absent = [name for name in _REQUIRED if name not in present]
+    absent = [name for name in layout.classes if name not in (*present, *layout.optional)]
     if absent:
         raise CheckpointError(f"{folder / INDEX} lacks {', '.join(absent)}")
     components = {
-        name: _component(folder / name, name, index[name][-1], allow_pickle)
-        for name in _CLASSES
+        name: _component(folder / name, name, index[name][-1], classes, allow_pickle)
+        for name, classes in layout.classes.items()
         if name in present
     }
-    tokenizers = ("tokenizer", "tokenizer_2") if "text_encoder_2" in components else ("tokenizer",)
+    encoders = [name for name in components if name.startswith("text_encoder")]
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Checkpoint(
-        family="latent_unet",
+        family=layout.family,
         source=folder,
         components=components,
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler_config=_scheduler_config(folder, layout.family),
         tokenizer_folders=tuple(existing_folder(folder / name) for name in tokenizers),
-        defaults=default_settings(
-            components["unet"].config,
-            components["vae"].config,
-            force_zeros=bool(index.get("force_zeros_for_empty_prompt", "XL" in pipeline)),
-        ),
+        defaults=_defaults(layout.family, components, index),
     )
+
+
+def _layout(folder: Path, pipeline: str | None) -> _Layout:
+    for layout in _LAYOUTS:
+        if pipeline in layout.pipelines:
+            return layout
+    supported = ", ".join(name for layout in _LAYOUTS for name in layout.pipelines)
+    raise CheckpointError(f"{folder / INDEX} names {pipeline}; supported: {supported}")
+
+
+def _scheduler_config(folder: Path, family: str) -> dict[str, Any]:
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    # What diffusers' FLUX pipelines hand to any scheduler: the last step starts at one step's time.
+    return {**config, "flow_last_time": "step"} if family == "flux" else config
+
+
+def _defaults(
+    family: str, components: Mapping[str, Component], index: Mapping[str, Any]
+) -> dict[str, Any]:
+    vae = components["vae"].config
+    if family != "latent_unet":
+        return flow_settings(family, components["transformer"].config, vae)
+    zeros = bool(index.get("force_zeros_for_empty_prompt", "XL" in index["_class_name"]))
+    return default_settings(components["unet"].config, vae, force_zeros=zeros)
 
 
 def existing_folder(folder: Path) -> Path:
@@ -121,23 +184,26 @@ def _shard(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _component(folder: Path, name: str, architecture: str, allow_pickle: bool) -> Component:
-    if architecture not in _CLASSES[name]:
+def _component(
+    folder: Path, name: str, architecture: str, classes: Sequence[str], allow_pickle: bool
+) -> Component:
+    if architecture not in classes:
         raise CheckpointError(
-            f"{folder.parent / INDEX}: {name} is a {architecture}; "
-            f"supported: {', '.join(_CLASSES[name])}"
+            f"{folder.parent / INDEX}: {name} is a {architecture}; supported: {', '.join(classes)}"
         )
     config = read_json(existing_folder(folder) / "config.json")
     files = find_weights(folder, allow_pickle=allow_pickle)
-    return Component(architecture, config, Weights(files, _translation(name), allow_pickle))
+    return Component(architecture, config, Weights(files, _translation(architecture), allow_pickle))
 
 
-def _translation(name: str) -> Translate:
-    if name == "vae":
+def _translation(architecture: str) -> Translate:
+    if architecture == "AutoencoderKL":
         return vae_key
-    if name.startswith("text_encoder"):
+    if architecture in _CLIP:
         return text_encoder_key
-    return image_encoder_key if name == "image_encoder" else same_name
+    if architecture in _T5:
+        return t5_key
+    return image_encoder_key if architecture.startswith("CLIPVision") else same_name
 
 
 def vae_key(key: str) -> tuple[Target, ...]:
@@ -157,6 +223,11 @@ def text_encoder_key(key: str) -> tuple[Target, ...]:
         return ()
     own = key.startswith(("text_model.", "text_projection."))
     return (Target(key if own else f"text_model.{key}"),)
+
+
+def t5_key(key: str) -> tuple[Target, ...]:
+    """Some files hold the shared table of words a second time."""
+    return () if key == "encoder.embed_tokens.weight" else (Target(key),)
 
 
 def image_encoder_key(key: str) -> tuple[Target, ...]:

@@ -60,6 +60,9 @@ def _bundle(path: Path) -> dict[str, Any]:
         "precision": bundle.precision,
         "megabytes": round(size / 1e6, 1),
         "stages": {stage: list(profiles) for stage, profiles in bundle.stages.items()},
+        "engines": {
+            gpu: f"{entry['package']} {entry['version']}" for gpu, entry in bundle.engines.items()
+        },
         "defaults": bundle.defaults,
         "scheduler": bundle.scheduler.get("_class_name"),
     }

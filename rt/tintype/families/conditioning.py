@@ -1,10 +1,10 @@
-"""The text side of a latent UNet: prompts to what the denoiser is told, by one or two CLIP encoders."""
+"""The text side of latent diffusion: prompts to what the denoiser is told, by up to three encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,12 @@ from tintype.backends import Backend
 from tintype.errors import RequestError
 from tintype.prompts import fragments
 from tintype.sampling import require_finite
+from tintype.t5_tokenizer import T5Tokenizer
 from tintype.tokenizer import ClipTokenizer, Window
 
 Floats = NDArray[np.float32]
+TextTokenizer = ClipTokenizer | T5Tokenizer
+STAGES = ("encode", "encode_2", "encode_3")
 
 
 class Reading(NamedTuple):
@@ -51,13 +54,15 @@ class TextSide:
     """Encodes prompts; read-only after loading but the cached empty prompt."""
 
     backend: Backend
-    tokenizers: Sequence[ClipTokenizer]
+    tokenizers: Sequence[TextTokenizer]
+    family: str
+    defaults: Mapping[str, Any]
     _empty: dict[str, Conditioning] = field(default_factory=dict, repr=False)
 
     @property
     def stages(self) -> list[str]:
         """The encoders that the model has."""
-        return [stage for stage in ("encode", "encode_2") if stage in self.backend.stages]
+        return [stage for stage in STAGES if stage in self.backend.stages]
 
     def profile(self, stage: str) -> str:
         """The one shape of an encoder."""
@@ -84,16 +89,16 @@ class TextSide:
 
     def _run(self, prompt: str, reading: Reading) -> Conditioning:
         pieces = fragments(prompt) if reading.weighted else [(prompt, 1.0)]
-        hidden, pooled = [], None
+        parts = []
         for stage, tokenizer in zip(self.stages, self.tokenizers, strict=True):
             windows = tokenizer.windows(pieces, long=reading.long)
             self._check_windows(prompt, len(windows))
             encoded = [self._window(stage, window, tokenizer) for window in windows]
-            hidden.append(np.concatenate([each.hidden for each in encoded], axis=1))
-            pooled = encoded[0].pooled if encoded[0].pooled is not None else pooled
-        return Conditioning(np.concatenate(hidden, axis=-1), pooled)
+            hidden = np.concatenate([each.hidden for each in encoded], axis=1)
+            parts.append(Conditioning(hidden, encoded[0].pooled))
+        return _JOINED[self.family](parts, self.defaults)
 
-    def _window(self, stage: str, window: Window, tokenizer: ClipTokenizer) -> Conditioning:
+    def _window(self, stage: str, window: Window, tokenizer: TextTokenizer) -> Conditioning:
         """One window through one encoder; a weight moves a token's states away from the empty prompt's, or towards."""
         encoded = self._stage(stage, window.ids)
         if (window.weights == 1).all():
@@ -113,3 +118,34 @@ class TextSide:
                 f"prompt {prompt[:30]!r}... takes {windows} windows of the text encoder, and this bundle's denoiser "
                 "was built for one; shorten the prompt, or run the checkpoint on torch"
             )
+
+
+def _side_by_side(parts: Sequence[Conditioning], _: Mapping[str, Any]) -> Conditioning:
+    """SD 1, 2 and XL: one token's states behind each other, the last encoder's pooled text."""
+    hidden = np.concatenate([part.hidden for part in parts], axis=-1)
+    return Conditioning(hidden, parts[-1].pooled)
+
+
+def _clips_then_t5(parts: Sequence[Conditioning], defaults: Mapping[str, Any]) -> Conditioning:
+    """SD3: both CLIPs side by side and filled up with zeros, then T5's tokens, zeros where it was left out."""
+    clips, rest = parts[:2], parts[2:]
+    width = int(defaults["text_width"])
+    told = np.concatenate([clip.hidden for clip in clips], axis=-1)
+    filled = np.pad(told, ((0, 0), (0, 0), (0, width - told.shape[-1])))
+    absent = np.zeros((1, int(defaults["text_tokens"]), width), np.float32)
+    spoken = rest[0].hidden if rest else absent
+    pooled = np.concatenate([clip.pooled for clip in clips if clip.pooled is not None], axis=-1)
+    return Conditioning(np.concatenate([filled, spoken], axis=1), pooled)
+
+
+def _pooled_and_t5(parts: Sequence[Conditioning], _: Mapping[str, Any]) -> Conditioning:
+    """FLUX: T5's tokens, and CLIP's pooled text alone."""
+    clip, t5 = parts
+    return Conditioning(t5.hidden, clip.pooled)
+
+
+_JOINED: dict[str, Callable[[Sequence[Conditioning], Mapping[str, Any]], Conditioning]] = {
+    "latent_unet": _side_by_side,
+    "sd3": _clips_then_t5,
+    "flux": _pooled_and_t5,
+}

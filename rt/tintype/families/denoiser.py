@@ -1,4 +1,4 @@
-"""The UNet as a function of latents, time and whether to guide, whatever batch sizes a bundle was built for."""
+"""The denoiser as a function of latents, time and whether to guide, whatever batch sizes a bundle was built for."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Denoiser:
     """Runs the stage `denoise`; guided rows are [unconditional, conditional], in one run where a profile holds both."""
 
     backend: Backend
+    family: str
 
     def batches(self, request: ImageRequest) -> list[int] | None:
         """The batch sizes that there are at the request's size, or None for any."""
@@ -64,7 +65,7 @@ class Denoiser:
     ) -> Callable[[Floats, float], Floats]:
         """A function (x [rows, c, h, w], timestep) -> the output for a row of each text."""
         rows = len(texts)
-        inputs = _text_inputs(request, texts)
+        inputs = _text_inputs(request, texts, self.family)
         profiles = self.profiles(request, rows)
 
         def run(x: Floats, timestep: float) -> Floats:
@@ -99,15 +100,21 @@ def picture_profiles(backend: Backend, stage: str) -> list[Profile] | None:
     return [profile for name in names if (profile := Profile.parse(name))]
 
 
-def _text_inputs(request: ImageRequest, texts: Sequence[Conditioning]) -> dict[str, NDArray[Any]]:
+def _text_inputs(
+    request: ImageRequest, texts: Sequence[Conditioning], family: str
+) -> dict[str, NDArray[Any]]:
+    """What is told besides the time; a stage takes of it what it has inputs for."""
     inputs: dict[str, NDArray[Any]] = {
         "encoder_hidden_states": np.concatenate([text.hidden for text in texts])
     }
     pooled = [text.pooled for text in texts if text.pooled is not None]
     if pooled:
         inputs["text_embeds"] = np.concatenate(pooled)
+    if pooled and family == "latent_unet":
         sizes = _time_ids(request.width, request.height)
         inputs["time_ids"] = np.repeat(sizes, len(texts), axis=0)
+    if request.embedded_guidance is not None:
+        inputs["guidance"] = np.full(len(texts), request.embedded_guidance, np.float32)
     return inputs
 
 

@@ -1,8 +1,8 @@
-"""Latent diffusion with a UNet (Stable Diffusion 1, 2 and XL, postcard): encode -> denoise -> decode, on numpy.
+"""Latent diffusion (Stable Diffusion 1, 2, XL, 3; FLUX; postcard): encode -> denoise -> decode, on numpy.
 
-Stage faces: `encode` input_ids int64 [1, 77] -> encoder_hidden_states [1, 77, d]; `encode_2` likewise with
-text_embeds [1, p]; `denoise` sample [b, c, h, w], timestep [b], encoder_hidden_states [b, 77, d] (and text_embeds,
-time_ids) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] -> image [1, h*f, w*f, 3] in 0..1;
+Stage faces: `encode`, `encode_2`, `encode_3` input_ids int64 [1, t] -> encoder_hidden_states [1, t, d] and, of CLIPs,
+text_embeds [1, p]; `denoise` sample [b, c, h, w], timestep [b], encoder_hidden_states [b, t, d] (and text_embeds,
+time_ids, guidance) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] -> image [1, h*f, w*f, 3] in 0..1;
 `encode_image` the other way round.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tintype.backends import Backend
 from tintype.errors import ProfileError, RequestError
-from tintype.families.conditioning import Conditioning, Reading, TextSide
+from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
 from tintype.families.denoiser import Denoiser, Texts, picture_profiles
 from tintype.families.editing import Edit, mask_latents, masked
 from tintype.guidance import Guidance, scales
@@ -29,7 +29,6 @@ from tintype.profiles import Profile
 from tintype.request import ImageRequest
 from tintype.sampling import StepNoise, require_finite, walk
 from tintype.schedulers import Table, make_table
-from tintype.tokenizer import ClipTokenizer
 
 Floats = NDArray[np.float32]
 Timings = dict[str, float]
@@ -38,29 +37,35 @@ _MOST_IMAGES = 8  # that are walked together where nothing else sets a limit
 
 
 @dataclass(frozen=True)
-class LatentUNet:
+class LatentDiffusion:
     """One loaded generator. Everything here is read-only after loading but the cached empty prompt."""
 
     backend: Backend
-    tokenizers: Sequence[ClipTokenizer]
+    tokenizers: Sequence[TextTokenizer]
     scheduler_config: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    kind: str = "latent_unet"  # or "sd3", "flux": how texts are joined and guidance is told
     _empty: dict[str, Conditioning] = field(default_factory=dict, repr=False)
 
     @property
     def text(self) -> TextSide:
         """The prompt encoders."""
-        return TextSide(self.backend, self.tokenizers, self._empty)
+        return TextSide(self.backend, self.tokenizers, self.kind, self.defaults, self._empty)
 
     @property
     def denoiser(self) -> Denoiser:
-        """The UNet."""
-        return Denoiser(self.backend)
+        """The UNet or transformer."""
+        return Denoiser(self.backend, self.kind)
 
     @property
     def factor(self) -> int:
         """Pixels a latent."""
         return int(self.defaults.get("latent_factor", 8))
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that a side comes in."""
+        return int(self.defaults.get("size_multiple", self.factor))
 
     @property
     def inpaints(self) -> bool:
@@ -170,7 +175,7 @@ class LatentUNet:
         """Whether pictures of this size can be made."""
         sizes = self.sizes()
         if sizes is None:
-            return not (width % self.factor or height % self.factor)
+            return not (width % self.multiple or height % self.multiple)
         return f"{width}x{height}" in sizes
 
     def _check_size(self, width: int, height: int) -> None:
@@ -179,7 +184,7 @@ class LatentUNet:
         sizes = self.sizes()
         if sizes is None:
             raise ProfileError(
-                f"size {width}x{height}: width and height must be multiples of {self.factor}"
+                f"size {width}x{height}: width and height must be multiples of {self.multiple}"
             )
         raise ProfileError(f"size {width}x{height} is not in this model; it has {', '.join(sizes)}")
 
@@ -213,7 +218,10 @@ class LatentUNet:
             )
         # Clipping to -1..1 is for pixels; latents go further, and their configs need not say so.
         config = {"clip_sample": False, **self.scheduler_config}
-        return make_table(request.scheduler, config, request.steps, start=request.start)
+        tokens = request.width * request.height // self.multiple**2
+        return make_table(
+            request.scheduler, config, request.steps, start=request.start, tokens=tokens
+        )
 
     def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
         begin = request.start / request.steps

@@ -1,16 +1,17 @@
-"""The stages of a latent UNet pipeline as modules: what a backend runs and what an engine is exported from.
+"""The stages of a latent diffusion pipeline as modules: what a backend runs and what an engine is exported from.
 
 Faces are the same at every precision: float32 arrays (int64 token ids) in and out, cast to the weights' type inside.
 
     encode        input_ids [n, t]                              -> encoder_hidden_states [n, t, d]
     encode_2      input_ids [n, t] of the second tokenizer      -> encoder_hidden_states [n, t, d2], text_embeds [n, p]
     denoise       sample [n, c, h, w], timestep [n], encoder_hidden_states [n, t, d + d2]
-                  and, where the model has them, text_embeds [n, p], time_ids [n, 6]   -> model_output [n, c_out, h, w]
+                  and, where the model has them, text_embeds [n, p], time_ids [n, 6], guidance [n]
+                                                              -> model_output [n, c_out, h, w]
     decode        latents [n, c, h, w]                          -> image [n, 8h, 8w, 3] in 0..1
     encode_image  image [n, 8h, 8w, 3] in 0..1                  -> latents [n, c, h, w]
 
-SDXL's two text encoders are two stages, because their tokens differ; the family joins the hidden states of `encode`
-and `encode_2` along the last axis. Latents are scaled to the unit variance that the denoiser works on.
+Each text encoder is a stage of its own (`encode`, `encode_2`, `encode_3`), because their tokens differ; the family
+joins what they give. Latents are scaled to the unit variance that the denoiser works on.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from torch import Tensor, nn
 
 from tintype.models.autoencoder_kl import AutoencoderKL
 from tintype.models.clip import CLIPTextEncoder
+from tintype.models.flux import FluxTransformer
+from tintype.models.sd3 import SD3Transformer
+from tintype.models.t5 import T5Encoder
 from tintype.models.unet import UNet
 
 Hidden = Literal["last", "penultimate"]
+_ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
 
 
 class Stage(nn.Module):
@@ -41,7 +46,7 @@ class Stage(nn.Module):
 
 
 class TextEncodeStage(Stage):
-    """Token ids -> hidden states: SD 1 and 2 condition on the last, SDXL on the penultimate layer."""
+    """Token ids -> CLIP's hidden states of its last or penultimate layer, and pooled text where asked for."""
 
     inputs = ("input_ids",)
 
@@ -91,6 +96,46 @@ class DenoiseStage(Stage):
         ).float()
 
 
+class T5EncodeStage(Stage):
+    """Token ids -> hidden states."""
+
+    inputs = ("input_ids",)
+    outputs = ("encoder_hidden_states",)
+
+    def __init__(self, encoder: T5Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.encoder(input_ids).float()
+
+
+class FlowDenoiseStage(Stage):
+    """Noisy latents, time, text and, for models distilled with it, guidance -> the model's velocity."""
+
+    outputs = ("model_output",)
+
+    def __init__(self, transformer: SD3Transformer | FluxTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+        guided = getattr(transformer.config, "guidance_embeds", False)
+        told = ("guidance",) if guided else ()
+        self.inputs = ("sample", "timestep", "encoder_hidden_states", "text_embeds", *told)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        *guidance: Tensor,
+    ) -> Tensor:
+        dtype = self.dtype
+        # Times and guidance stay float32 until they are frequencies.
+        hidden, pooled = encoder_hidden_states.to(dtype), text_embeds.to(dtype)
+        return self.transformer(sample.to(dtype), timestep, hidden, pooled, *guidance).float()
+
+
 class DecodeStage(Stage):
     """Latents -> image. With ``keep_overflow`` an infinite pixel becomes NaN, where clamping would hide it."""
 
@@ -127,24 +172,28 @@ class EncodeImageStage(Stage):
 
 def stage_names(components: Collection[str]) -> tuple[str, ...]:
     """The stages of a checkpoint with these components, in the order in which they run."""
-    second = ("encode_2",) if "text_encoder_2" in components else ()
-    return ("encode", *second, "denoise", "decode", "encode_image")
+    encoders = [name for name in _ENCODERS if _ENCODERS[name] in components]
+    return (*encoders, "denoise", "decode", "encode_image")
 
 
 def build_stage(
     name: str, components: Collection[str], component: Callable[[str], nn.Module]
 ) -> Stage:
     """Make stage ``name`` out of the modules that ``component`` hands out."""
-    two = "text_encoder_2" in components
-    makers: dict[str, Callable[[], Stage]] = {
-        "encode": lambda: TextEncodeStage(
-            component("text_encoder"), "penultimate" if two else "last"
-        ),
-        "encode_2": lambda: TextEncodeStage(
-            component("text_encoder_2"), "penultimate", pooled=True
-        ),
-        "denoise": lambda: DenoiseStage(component("unet")),
-        "decode": lambda: DecodeStage(component("vae")),
-        "encode_image": lambda: EncodeImageStage(component("vae")),
-    }
-    return makers[name]()
+    if name in _ENCODERS:
+        return _text_stage(name, components, component(_ENCODERS[name]))
+    if name == "denoise":
+        if "transformer" in components:
+            return FlowDenoiseStage(component("transformer"))
+        return DenoiseStage(component("unet"))
+    return {"decode": DecodeStage, "encode_image": EncodeImageStage}[name](component("vae"))
+
+
+def _text_stage(name: str, components: Collection[str], encoder: nn.Module) -> Stage:
+    """SD 1 and 2 condition on CLIP's last layer; whoever has more encoders, on the penultimate ones and pooled text."""
+    if isinstance(encoder, T5Encoder):
+        return T5EncodeStage(encoder)
+    if "transformer" in components:
+        return TextEncodeStage(encoder, "penultimate", pooled=True)
+    alone = "text_encoder_2" not in components
+    return TextEncodeStage(encoder, "last" if alone else "penultimate", pooled=name == "encode_2")

@@ -35,6 +35,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "solver_order": (None, 1, 2, 3),
     "solver_type": (None, "midpoint", "heun", "logrho", "bh1", "bh2"),
     "time_shift_type": ("exponential", "linear"),
+    "flow_last_time": ("training", "step"),
     "timestep_spacing": (None, "leading", "trailing", "linspace"),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
 }
@@ -82,6 +83,8 @@ class ScheduleConfig:
     # rectified flow; FlowMatch classes call flow_shift "shift"
     use_flow_sigmas: bool = False
     flow_shift: float = 1.0
+    # where the last step starts: at the last training time, or a step's length from the picture
+    flow_last_time: str = "training"
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
     base_shift: float = 0.5

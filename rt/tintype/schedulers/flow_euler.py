@@ -53,7 +53,9 @@ def flow_heun(config: ScheduleConfig, plan: Plan) -> Table:
 
 
 def _times(config: ScheduleConfig, steps: int) -> Float64:
-    """From pure noise to the last training time. A fixed shift moves that time once in training and once more here."""
+    """From pure noise to the last time. A fixed shift moves a training time once in training and once more here."""
+    if config.flow_last_time == "step":
+        return np.linspace(1.0, 1 / steps, steps)
     last = np.array([1 / config.num_train_timesteps])
     if not config.use_dynamic_shifting:
         last = time_shifted(config, last, None)

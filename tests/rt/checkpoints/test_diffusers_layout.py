@@ -242,7 +242,8 @@ def test_a_pickle_with_code_never_runs(copied: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"_class_name": "FluxPipeline"}, "FluxPipeline; supported: StableDiffusionPipeline"),
+        ({"_class_name": "KolorsPipeline"}, "KolorsPipeline; supported: StableDiffusionPipeline"),
+        ({"_class_name": "FluxPipeline"}, "lacks transformer, text_encoder_2"),
         ({"_class_name": None}, "supported: StableDiffusionPipeline"),
         ({"unet": [None, None]}, "lacks unet"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny; supported"),

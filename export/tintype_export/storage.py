@@ -1,0 +1,130 @@
+"""Where a bundle's weights lie: in copies of the checkpoint's files, or rounded to 16 bits, once, under `weights/`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tintype.backends.torch import load_component
+from tintype.bundle import MANIFEST, describe
+from tintype.checkpoints import Checkpoint
+from tintype.checkpoints.files import PICKLES, Weights
+from tintype.errors import RequestError
+
+from .graphs import StoredTensor, stored_tensors
+from .writing import copy_described
+
+_WEIGHT_SUFFIXES = PICKLES | {".safetensors", ".msgpack", ".h5", ".gguf"}
+_TERMS = ("README*", "LICENSE*", "NOTICE*")
+
+Files = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What weights are stored in (None: as they are) and what a graph's products are written in.
+
+    bfloat16 is stored and not written: opset 20 has no bfloat16 convolution. A runtime that computes in it does so
+    by its own setting, and the others widen the weights when they load them.
+    """
+
+    stored: torch.dtype | None
+    computed: torch.dtype
+
+
+PRECISIONS = {
+    "fp32": Precision(None, torch.float32),
+    "fp16": Precision(torch.float16, torch.float16),
+    "bf16": Precision(torch.bfloat16, torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files that were written, and each component's parameters in them by our names."""
+
+    files: Files
+    tensors: dict[str, dict[str, StoredTensor]]
+
+
+def precision(name: str) -> Precision:
+    """The precision of that name."""
+    if name not in PRECISIONS:
+        raise RequestError(f"precision={name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def store_weights(checkpoint: Checkpoint, root: Path, kept: Precision) -> Store:
+    """Write the checkpoint's weights, tokenizers and terms into ``root``."""
+    if kept.stored is None:
+        return _copied(checkpoint, root)
+    texts = [*checkpoint.tokenizer_folders, *_terms(checkpoint.source)]
+    files = {name: copy_described(path, root / name) for name, path in _flattened(texts)}
+    tensors = {}
+    for name in checkpoint.components:
+        relative = f"weights/{name}.safetensors"
+        _save_rounded(load_component(checkpoint, name, kept.stored), root / relative)
+        files[relative] = describe(root / relative)
+        tensors[name] = stored_tensors(root, Weights((root / relative,)))
+    return Store(files, tensors)
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """At most how many bytes `store_weights` writes."""
+    names = wanted_files(checkpoint)
+    return sum((checkpoint.source / name).stat().st_size for name in names)
+
+
+def wanted_files(checkpoint: Checkpoint) -> list[str]:
+    """The checkpoint's files relative to it, but for hidden ones, graphs, and weights that it has in other forms."""
+    root = checkpoint.source
+    used = {path for part in checkpoint.components.values() for path in part.weights.files}
+    own_folders = {root, *(path.parent for path in used)}
+
+    def wanted(path: Path) -> bool:
+        parts = path.relative_to(root).parts
+        if not path.is_file() or any(part.startswith(".") for part in parts):
+            return False
+        if path.name == MANIFEST or ".onnx" in path.suffixes or path.suffix == ".engine":
+            return False
+        other_form = path.suffix in _WEIGHT_SUFFIXES and path.parent in own_folders
+        return path in used or not other_form
+
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if wanted(path))
+
+
+def _copied(checkpoint: Checkpoint, root: Path) -> Store:
+    source = checkpoint.source
+    files = {name: copy_described(source / name, root / name) for name in wanted_files(checkpoint)}
+    tensors = {}
+    for name, part in checkpoint.components.items():
+        copies = tuple(root / path.relative_to(source) for path in part.weights.files)
+        tensors[name] = stored_tensors(root, Weights(copies, part.weights.translate))
+    return Store(files, tensors)
+
+
+def _save_rounded(module: nn.Module, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # it is written for its owner alone, and a bundle is for whoever runs it
+
+
+def _terms(source: Path) -> list[Path]:
+    """What says whose the weights are and how they may be used travels with them."""
+    return sorted(path for pattern in _TERMS for path in source.glob(pattern) if path.is_file())
+
+
+def _flattened(paths: Iterable[Path]) -> Iterable[tuple[str, Path]]:
+    """(name in the bundle, file) of files and of the files in folders."""
+    for path in paths:
+        if path.is_file():
+            yield path.name, path
+        else:
+            yield from ((f"{path.name}/{each.name}", each) for each in sorted(path.iterdir()))

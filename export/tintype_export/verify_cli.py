@@ -1,0 +1,74 @@
+"""`tintype verify BUNDLE [--against MODEL]`: repeat a bundle's verification on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from tintype.errors import BackendUnavailable, BundleError, RequestError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tintype.bundle import Bundle
+
+    from .report import Budget, Report
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    from tintype.cli import add_common
+
+    parser = subparsers.add_parser("verify", help="compare a bundle with float32 torch again")
+    parser.add_argument("bundle", help="bundle folder, hub id or model in the box")
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="the checkpoint that it came from; by default the one in the bundle's own folder",
+    )
+    parser.add_argument("--backend", default="auto", help="see `tintype inspect`")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Hash every file, compare every stage and a picture, print the report; an error where it is over budget."""
+    from tintype.bundle import open_bundle
+    from tintype.loading import resolve
+
+    bundle = open_bundle(resolve(options.bundle), remember=False)
+    source = _checkpoint_folder(bundle.folder, options.against)
+    report, budget = _verify(bundle, source, options.backend)
+    faults = report.faults(budget)
+    if options.json:
+        print(json.dumps({"bundle": str(bundle.folder), **report.as_json(), "faults": faults}))
+    else:
+        print(f"{bundle.folder}: {len(bundle.files)} files have the hashes that the manifest says")
+        print("\n".join(report.lines()))
+    if faults:
+        raise BundleError(f"{bundle.folder}: {'; '.join(faults[:2])}")
+
+
+def _checkpoint_folder(bundle: Path, against: str | None) -> Path:
+    from tintype.loading import is_checkpoint, resolve
+
+    if against is not None:
+        return resolve(against)
+    if not is_checkpoint(bundle):
+        raise RequestError(
+            f"{bundle} holds no checkpoint; name the one that it came from with --against"
+        )
+    return bundle
+
+
+def _verify(bundle: Bundle, source: Path, backend: str) -> tuple[Report, Budget]:
+    try:
+        from tintype.checkpoints import open_checkpoint
+
+        from .verify import budget_of, verify
+    except ImportError as error:
+        raise BackendUnavailable(
+            f'verify needs {error.name}, which is absent; install it with: pip install "tintype[export]"'
+        ) from error
+    return verify(bundle, open_checkpoint(source), backend), budget_of(bundle)

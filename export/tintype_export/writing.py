@@ -1,0 +1,134 @@
+"""A folder written whole or not at all: made beside its target, brought to the disk, and renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tintype.bundle import is_bundle
+from tintype.errors import BundleError, RequestError
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of ``target`` when the block ends well; else nothing is left of it.
+
+    A killed process leaves a hidden folder, which the next one sweeps.
+    """
+    require_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target)
+    work = _hidden(target, f"{os.getpid()}")
+    try:
+        work.mkdir()
+        yield work
+        _sync(work)
+        _take_place(work, target)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise BundleError(
+            f"the disk of {target.parent} is full; free some space and export again; nothing was written"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def require_replaceable(target: Path) -> None:
+    """Refuse a target that is somebody's other folder, which would be deleted."""
+    if target.is_dir() and not is_bundle(target) and any(target.iterdir()):
+        raise RequestError(f"{target} exists and is no bundle; name another folder with -o")
+    if target.exists() and not target.is_dir():
+        raise RequestError(f"{target} is a file; name a folder with -o")
+
+
+def sweep(target: Path) -> None:
+    """Remove what killed exports of ``target`` left, and put back a bundle that one had just moved aside."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(\.old)?")
+    for path in sorted(target.parent.iterdir()):
+        found = pattern.fullmatch(path.name)
+        if found is None or (_alive(int(found[1])) and int(found[1]) != os.getpid()):
+            continue
+        if found[2] and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def require_room(target: Path, needed: int) -> int:
+    """The free bytes where ``target`` will be; BundleError where fewer than ``needed``."""
+    folder = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BundleError(
+            f"the export needs about {gigabytes(needed)} of disk and {folder} has {gigabytes(free)} free; "
+            "free some space, or write to another disk with -o"
+        )
+    return free
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def copy_described(source: Path, target: Path) -> dict[str, Any]:
+    """Copy a file and say what a manifest says of it, having read it once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, size = hashlib.sha256(), 0
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(_CHUNK):
+            writer.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _take_place(work: Path, target: Path) -> None:
+    """A full folder cannot be renamed onto, so an older bundle steps aside first."""
+    old = _hidden(target, f"{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    _sync_entry(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file and folder to the disk, so that the rename cannot get there before them."""
+    for path in folder.rglob("*"):
+        _sync_entry(path)
+    _sync_entry(folder)
+
+
+def _sync_entry(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

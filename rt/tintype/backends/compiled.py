@@ -1,0 +1,57 @@
+"""Things that are slow to make, such as sessions: each made once, and shared by all threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Compiled(Generic[K, V]):
+    """`make(key)` runs once a key, whoever asks first; what it raised is raised to all who waited, then tried again."""
+
+    def __init__(self, make: Callable[[K], V]) -> None:
+        self._make = make
+        self._futures: dict[K, Future[V]] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, key: K) -> None:
+        """Make it in a thread of its own: optimising a graph is serial and holds no GIL."""
+        self._future(key, lambda work: threading.Thread(target=work, daemon=True).start())
+
+    def get(self, key: K) -> V:
+        """The thing, made here where nobody has begun to."""
+        return self._future(key, lambda work: work()).result()
+
+    def _future(self, key: K, begin: Callable[[Callable[[], None]], None]) -> Future[V]:
+        with self._lock:
+            future = self._futures.get(key)
+            if future is not None and not (future.done() and future.exception()):
+                return future
+            future = self._futures[key] = Future()
+        begin(lambda: self._fulfil(future, key))
+        return future
+
+    def _fulfil(self, future: Future[V], key: K) -> None:
+        try:
+            future.set_result(self._make(key))
+        except Exception as error:  # whoever waits for it gets it
+            future.set_exception(error)
+
+
+def cores() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def one_line(error: Exception) -> str:
+    """What a runtime's many-lined error says, without where in its own sources it was raised."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("Exception from"))[:400]

@@ -1,0 +1,162 @@
+"""Runs a bundle's ONNX graphs with OpenVINO, which reads the weights where the files are mapped."""
+
+from __future__ import annotations
+
+import os
+import queue
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from tintype.backends import Arrays
+from tintype.backends.compiled import Compiled, cores, one_line
+from tintype.backends.graphs import MappedWeights, graph_file, read_graph
+from tintype.backends.onnx_weights import output_names, read_from_memory
+from tintype.bundle import DTYPES, Bundle, cache_folder
+from tintype.errors import BackendUnavailable, BundleError, RequestError
+
+# A blob holds the weights once more, packed, and larger than they were: kept only where somebody asks for it.
+CACHE_VARIABLE = "TINTYPE_OPENVINO_CACHE"
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_CAPABILITY = {"bfloat16": "BF16", "float16": "FP16"}
+_DEVICES = ("CPU", "GPU", "NPU")
+
+
+class _Key(NamedTuple):
+    stage: str
+    profile: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A compiled graph and the requests that nobody uses just now."""
+
+    model: ov.CompiledModel
+    outputs: list[str]
+    idle: queue.SimpleQueue[ov.InferRequest] = field(default_factory=queue.SimpleQueue)
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        try:
+            request = self.idle.get_nowait()
+        except queue.Empty:
+            request = self.model.create_infer_request()
+        try:
+            results = request.infer(dict(inputs))  # copies, so the request may go to another thread
+        except RuntimeError as error:
+            raise RequestError(f"openvino does not take these inputs: {one_line(error)}") from error
+        finally:
+            self.idle.put(request)
+        # A port may have the names of several values that became one; the order is the graph's.
+        ports = self.model.outputs
+        return {name: results[port] for name, port in zip(self.outputs, ports, strict=True)}
+
+
+class OpenVinoBackend:
+    """One compiled graph a (stage, profile), shared by all threads, each of which has a request of its own.
+
+    `dtype` is what is computed in. "auto" is what the bundle was exported in, where the device computes in that, and
+    else float32: a float32 bundle's figures hold for float32 alone, so fewer bits are for the caller to ask for.
+    With `batch_invariant` (None: on CPU) every picture goes through the same profile by itself.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_invariant: bool | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self._core = ov.Core()
+        self._device = _device(device, self._core.available_devices)
+        self.dtype = self._dtype(dtype)
+        on_cpu = self._device == "CPU"
+        self.batch_invariant = on_cpu if batch_invariant is None else batch_invariant
+        self._weights = MappedWeights(bundle)
+        self._graphs = Compiled(self._open)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(self.bundle.stages)
+
+    def profiles(self, stage: str) -> list[str]:
+        return list(self.bundle.stages[stage])
+
+    def compile(self, stage: str, profile: str) -> None:
+        self._graphs.begin(_Key(stage, profile, self.dtype))
+
+    def run(self, stage: str, profile: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        outputs = self._graphs.get(_Key(stage, profile, self.dtype)).run(inputs)
+        if self.dtype == "float32" or all(np.isfinite(array).all() for array in outputs.values()):
+            return outputs
+        warnings.warn(
+            f"stage {stage} met NaN or infinity in {self.dtype} and was run again in float32",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return self._graphs.get(_Key(stage, profile, "float32")).run(inputs)
+
+    def _open(self, key: _Key) -> _Graph:
+        relative = graph_file(self.bundle.stages, key.stage, key.profile)
+        graph = read_graph(self.bundle, relative)
+        try:
+            model = self._core.read_model(read_from_memory(graph, self._weights.place))
+            compiled = self._core.compile_model(model, self._device, self._options(key.dtype))
+        except RuntimeError as error:
+            raise BundleError(
+                f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
+            ) from error
+        return _Graph(compiled, output_names(graph))
+
+    def _options(self, dtype: str) -> dict[str, Any]:
+        options = {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
+        if os.environ.get(CACHE_VARIABLE, "0") != "0":
+            options["CACHE_DIR"] = str(cache_folder() / "openvino")
+        if self._device != "CPU":
+            return options
+        # Pinned threads would sit on cores that other processes, and other stages' graphs, are busy on.
+        return options | {"INFERENCE_NUM_THREADS": cores(), "ENABLE_CPU_PINNING": False}
+
+    def _dtype(self, wanted: str) -> str:
+        capabilities = self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
+        runs = ["float32", *(name for name, has in _CAPABILITY.items() if has in capabilities)]
+        name = DTYPES.get(wanted, wanted)
+        if name == "auto":
+            stored = DTYPES.get(self.bundle.precision, "float32")
+            return stored if stored in runs else "float32"
+        if name not in _HINTS:
+            raise RequestError(
+                f"dtype={wanted!r} is unknown; choose one of auto, {', '.join(runs)}"
+            )
+        if name not in runs:
+            raise BackendUnavailable(
+                f"dtype={wanted!r} is nothing that this {self._device} computes in; choose one of auto, "
+                f"{', '.join(runs)}"
+            )
+        return name
+
+
+def _device(wanted: str, present: list[str]) -> str:
+    """OpenVINO's name, such as GPU.1 for gpu:1."""
+    name = "CPU" if wanted == "auto" else wanted.upper().replace(":", ".")
+    if name.split(".", maxsplit=1)[0] not in _DEVICES:
+        choices = ", ".join(each.lower() for each in _DEVICES)
+        raise RequestError(
+            f"device={wanted!r} is unknown to openvino; choose one of auto, {choices}"
+        )
+    # One GPU is listed as GPU, several as GPU.0 and on, and GPU is then the first.
+    if name not in present and f"{name}.0" not in present:
+        listed = ", ".join(each.lower() for each in present) or "none"
+        raise BackendUnavailable(
+            f"device={wanted!r} is not among the devices that openvino finds here: {listed}; "
+            "choose one of them, or install that device's driver"
+        )
+    return name

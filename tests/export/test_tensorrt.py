@@ -1,0 +1,125 @@
+"""TensorRT engines are built for real, without a GPU; running them is not tested here."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+import onnx
+import pytest
+
+from small_checkpoints import save_smallest
+from tintype.bundle import open_bundle
+from tintype.errors import BackendUnavailable, BundleError, RequestError
+from tintype_export import bundle as exporting
+from tintype_export import tensorrt as building
+from tintype_export.bundle import ExportConfig, export_bundle
+from tintype_export.cli import register
+from tintype_export.report import Report
+from tintype_export.tensorrt import build_engines, check_gpus
+
+trt = pytest.importorskip("tensorrt_rtx")
+GPUS = ("sm_89", "sm_120")
+SMALL = {"width": 16, "height": 16}
+ENCODE = {"encode": {"b1": "encode/b1.onnx"}}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_smallest(tmp_path_factory.mktemp("smallest") / "checkpoint")
+
+
+def test_every_profile_is_built_for_every_gpu(tiny_copy):
+    bundle, said = open_bundle(tiny_copy), []
+    engines = build_engines(tiny_copy, bundle.stages, GPUS, said.append)
+    assert tuple(engines) == GPUS
+    for gpu, entry in engines.items():
+        assert (entry["package"], entry["version"]) == ("tensorrt_rtx", trt.__version__)
+        for stage, profiles in bundle.stages.items():
+            named = {profile: f"{stage}/{profile}.{gpu}.engine" for profile in profiles}
+            assert entry["stages"][stage] == named
+    first, second = ((tiny_copy / f"encode/b1.{gpu}.engine").read_bytes() for gpu in GPUS)
+    assert min(len(first), len(second)) > 514 * 8 * 4  # the embedding alone
+    assert first != second
+    assert [line.split(":")[0] for line in said if line.startswith("encode/b1")] == [
+        "encode/b1.sm_89.engine",
+        "encode/b1.sm_120.engine",
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.usefixtures("traced_once")
+def test_an_exported_stage_is_built_in_its_precision(source, tmp_path, monkeypatch, precision):
+    """The decoder, which has every kind of layer but cross attention."""
+    monkeypatch.setattr(exporting, "stage_names", lambda components: ("decode",))
+    # A bundle of one stage makes no picture to verify.
+    nothing = Report("none", precision, "nothing", "nothing", [], None)
+    monkeypatch.setattr(exporting, "verify", lambda *_: nothing)
+    config = ExportConfig(((16, 16),), precision, None, SMALL, "tensorrt", ("sm_89",))
+    folder = export_bundle(source, tmp_path / "bundle", config)
+    bundle = open_bundle(folder)
+    (relative,) = bundle.engines["sm_89"]["stages"]["decode"].values()
+    assert bundle.files[relative]["size"] == (folder / relative).stat().st_size
+    log = building._Log(trt)
+    network = building._parse(trt, log, folder, bundle.stages["decode"]["16x16-b1"])
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    products = {
+        layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION
+    }
+    assert products == {{"fp32": trt.float32, "fp16": trt.float16}[precision]}
+    assert bundle.provenance["options"]["gpus"] == ["sm_89"]
+
+
+def test_a_node_that_tensorrt_lacks_is_named_in_one_line(tiny_copy):
+    path = tiny_copy / "encode" / "b1.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node[0].op_type, model.graph.node[0].name = "Conjure", "the_rabbit"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=r"encode/b1.onnx: .*the_rabbit \(Conjure\)") as raised:
+        build_engines(tiny_copy, ENCODE, GPUS, print)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_weights_that_are_not_there_are_an_error_of_the_graph(tiny_copy):
+    shutil.rmtree(tiny_copy / "weights")
+    with pytest.raises(BundleError, match=r"encode/b1\.onnx"):
+        build_engines(tiny_copy, ENCODE, ("sm_89",), print)
+
+
+def test_a_build_that_fails_says_what_the_builder_says(tiny_copy, monkeypatch):
+    log = building._Log(trt)
+    empty = log.builder.create_network(0)  # has no output
+    monkeypatch.setattr(building, "_parse", lambda *_: empty)
+    with pytest.raises(
+        BundleError, match=r"encode/b1\.sm_89\.engine cannot be built: .+"
+    ) as raised:
+        build_engines(tiny_copy, ENCODE, ("sm_89",), print)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_gpus_are_checked_before_any_work(source, tmp_path):
+    with pytest.raises(RequestError, match=r"needs --gpu, one or several of .*sm_89"):
+        check_gpus(())
+    config = ExportConfig(((16, 16),), "fp32", None, SMALL, "tensorrt", ("sm_12",))
+    with pytest.raises(RequestError, match="gpu='sm_12' is unknown; choose from .*sm_89"):
+        export_bundle(source, tmp_path / "bundle", config)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_bfloat16_is_refused_where_it_would_be_computed_in_float32(source, tmp_path):
+    config = ExportConfig(((16, 16),), "bf16", None, SMALL, "tensorrt", ("sm_89",))
+    with pytest.raises(RequestError, match="choose precision fp32 or fp16"):
+        export_bundle(source, tmp_path / "bundle", config)
+
+
+def test_an_absent_package_names_the_extras(monkeypatch):
+    monkeypatch.setattr(building, "PACKAGES", ("no_such_tensorrt",))
+    with pytest.raises(BackendUnavailable, match=r'pip install "tintype\[tensorrt-rtx\]"'):
+        check_gpus(GPUS)
+
+
+def test_the_command_takes_several_gpus():
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers())
+    words = ["export", "model", "-o", "b", "--target", "tensorrt", "--gpu", *GPUS]
+    assert parser.parse_args(words).gpu == list(GPUS)

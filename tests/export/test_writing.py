@@ -1,0 +1,150 @@
+"""A bundle is written whole or not at all: kills, full disks, other people's folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from remembered_traces import save_traces
+from small_checkpoints import save_smallest
+from tintype import bundle as bundles
+from tintype.bundle import MANIFEST, open_bundle
+from tintype.checkpoints import open_checkpoint
+from tintype.errors import BundleError, RequestError
+from tintype_export import bundle as exporting
+from tintype_export import storage, writing
+from tintype_export.bundle import ExportConfig, export_bundle
+from tintype_export.writing import copy_described, require_room, sweep, written_whole
+
+KILLS = int(os.environ.get("TINTYPE_KILLS", "4"))  # 30 is what docs/measurements.md reports
+CONFIG = ExportConfig(sizes=((16, 16),), defaults={"width": 16, "height": 16})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.usefixtures("traced_once")
+def test_a_killed_export_leaves_no_half_bundle_and_the_next_one_cleans_up(tmp_path):
+    export_bundle(save_smallest(tmp_path / "source"), tmp_path / "once", CONFIG)
+    save_traces(tmp_path / "traces")
+    command = [sys.executable, str(Path(__file__).with_name("killed_exports.py")), str(tmp_path)]
+    tests = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(KILLS)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    left = [words[1:] for words in lines if words[0] == "left"]
+    assert len(left) == KILLS
+    assert any("hidden" in words for words in left), "no kill fell into the export"
+    assert lines[-1] == ["names", "bundle"]
+
+
+@pytest.mark.parametrize("moment", ["store_weights", "save", "verify", "save_manifest"])
+@pytest.mark.usefixtures("traced_once")
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch, moment):
+    source = save_smallest(tmp_path / "checkpoint")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(exporting, moment, fail)
+    with pytest.raises(BundleError, match="is full; free some space"):
+        export_bundle(source, tmp_path / "bundle", CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path, monkeypatch):
+    source = save_smallest(tmp_path / "checkpoint")
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(BundleError, match=r"needs about .* of disk and .* has 1\.0 MB free"):
+        export_bundle(source, tmp_path / "deep" / "bundle", CONFIG)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_room_is_looked_for_where_the_target_will_be(tmp_path):
+    assert require_room(tmp_path / "not" / "yet" / "there", 1) > 0
+
+
+def test_another_folder_is_not_replaced(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    with (
+        pytest.raises(RequestError, match="exists and is no bundle"),
+        written_whole(tmp_path / "photos"),
+    ):
+        pass
+    assert (tmp_path / "photos" / "cat.png").read_bytes() == b"cat"
+
+
+def test_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "notes").write_text("x")
+    with pytest.raises(RequestError, match="is a file"), written_whole(tmp_path / "notes"):
+        pass
+
+
+def test_an_older_bundle_stays_until_the_new_one_is_whole(tiny_copy):
+    before = (tiny_copy / MANIFEST).read_text()
+    half = written_whole(tiny_copy)
+    (half.__enter__() / MANIFEST).write_text("{}")
+    assert (tiny_copy / MANIFEST).read_text() == before
+    assert not half.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert (tiny_copy / MANIFEST).read_text() == before
+    with written_whole(tiny_copy) as work:
+        (work / MANIFEST).write_text("{}")
+    assert [path.name for path in tiny_copy.iterdir()] == [MANIFEST]
+    assert [path.name for path in tiny_copy.parent.iterdir()] == [tiny_copy.name]
+
+
+def test_a_bundle_that_a_killed_export_had_moved_aside_comes_back(tiny_copy):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()  # a number that nobody has now
+    tiny_copy.rename(tiny_copy.with_name(f".bundle.{process.pid}.old"))
+    sweep(tiny_copy)
+    assert open_bundle(tiny_copy).name == "tiny"
+
+
+def test_the_folder_of_an_export_that_still_runs_is_left_alone(tmp_path):
+    running = tmp_path / f".bundle.{os.getppid()}"
+    running.mkdir()
+    sweep(tmp_path / "bundle")
+    assert running.is_dir()
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_every_file_is_hashed_once(tmp_path, monkeypatch):
+    source, hashed = save_smallest(tmp_path / "checkpoint"), []
+    plain_copy, plain_hash = copy_described, bundles._sha256
+
+    def copied(source_file, target_file):
+        hashed.append(target_file.name)
+        return plain_copy(source_file, target_file)
+
+    def sha256(path):
+        hashed.append(path.name)
+        return plain_hash(path)
+
+    monkeypatch.setattr(storage, "copy_described", copied)
+    monkeypatch.setattr(bundles, "_sha256", sha256)
+    folder = export_bundle(source, tmp_path / "bundle", CONFIG)
+    assert len(hashed) == sum(path.is_file() for path in folder.rglob("*")) - 1  # the manifest
+    monkeypatch.undo()
+    open_bundle(folder, remember=False)
+
+
+def test_weights_that_are_there_twice_are_copied_once(tmp_path):
+    source = save_smallest(tmp_path / "checkpoint")
+    (source / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another form")
+    (source / "whole.ckpt").write_bytes(b"a pickle")
+    names = storage.wanted_files(open_checkpoint(source))
+    assert [name for name in names if name.startswith("unet")] == [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+    assert {"model_index.json", "tokenizer/tokenizer_config.json"} <= set(names)
+    assert "whole.ckpt" not in names
