@@ -39,11 +39,7 @@ class Sample(NamedTuple):
     def arguments(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Arguments:
         """The same numbers each time, rounded to dtype."""
         torch.manual_seed(len(self.label))
-        drawn = self.draw()
-        return {
-            name: value.to(device, dtype) if is_floating(value) else value
-            for name, value in drawn.items()
-        }
+        return {name: _placed(value, dtype, device) for name, value in self.draw().items()}
 
     def tensors(self) -> list[str]:
         """Names of the arguments that are tensors."""
@@ -54,6 +50,15 @@ class Sample(NamedTuple):
 
     def reference(self, arguments: Arguments) -> tuple[Tensor, ...]:
         return _tuple(getattr(tintype_kernels, self.op).reference(**_folded(arguments)))
+
+
+def _placed(value: Any, dtype: torch.dtype, device: str) -> Any:
+    """Tensors on the device, floating ones rounded; a quantised weight keeps the types that it has."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.dtype.is_floating_point else value.dtype)
+    if isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
+        return type(value)(*(part.to(device) for part in value))
+    return value
 
 
 def is_floating(value: Any) -> bool:

@@ -1,16 +1,14 @@
-// One sampler step over float32 arrays. The Python reference in scheduler_step.py is the specification; the order of
-// operations is the same and the build forbids contraction, so both give the same bits.
+// One sampler step over float32 arrays. The Python reference in scheduler_step.py is the specification.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <vector>
 
-namespace tintype {
+#include "parallel.hpp"
+#include "rows.hpp"
 
-struct StepScalars {
-    float guidance, u_x, u_m, clip, a, c, s;
-};
+namespace tintype {
 
 struct StepInputs {
     const float* x;
@@ -20,42 +18,13 @@ struct StepInputs {
     std::vector<const float*> history;
 };
 
-// Blocks of this many floats keep every intermediate in the first-level cache, so memory is passed over once.
-constexpr std::size_t kBlock = 1024;
-
-inline void step_block(const StepInputs& in, const StepScalars& k, const std::vector<float>& b, std::size_t from,
-                       std::size_t n, float* __restrict out, float* __restrict h) {
-    float guided[kBlock];
-    const float* x = in.x + from;
-    const float* m = in.m + from;
-    if (in.m_uncond) {
-        const float* u = in.m_uncond + from;
-        for (std::size_t i = 0; i < n; ++i) guided[i] = u[i] + k.guidance * (m[i] - u[i]);
-    } else {
-        std::copy(m, m + n, guided);
-    }
-    // The comparisons are written so that NaN passes through, as in numpy's clip.
-    for (std::size_t i = 0; i < n; ++i) {
-        float value = k.u_x * x[i] + k.u_m * guided[i];
-        value = value < -k.clip ? -k.clip : value;
-        h[i] = value > k.clip ? k.clip : value;
-    }
-    for (std::size_t i = 0; i < n; ++i) out[i] = k.a * x[i] + k.c * guided[i];
-    for (std::size_t i = 0; i < n; ++i) out[i] += b[0] * h[i];
-    for (std::size_t age = 1; age < b.size(); ++age) {
-        const float* kept = in.history[age - 1] + from;
-        for (std::size_t i = 0; i < n; ++i) out[i] += b[age] * kept[i];
-    }
-    if (in.noise) {
-        const float* z = in.noise + from;
-        for (std::size_t i = 0; i < n; ++i) out[i] += k.s * z[i];
-    }
-}
-
 inline void scheduler_step(const StepInputs& in, const StepScalars& k, const std::vector<float>& b, std::size_t count,
                            float* out, float* h) {
-    for (std::size_t from = 0; from < count; from += kBlock)
-        step_block(in, k, b, from, std::min(kBlock, count - from), out + from, h + from);
+    constexpr std::size_t span = std::size_t{1} << 16;
+    parallel_for((count + span - 1) / span, count * sizeof(float), [&](std::size_t piece) {
+        const std::size_t from = piece * span, to = std::min(count, from + span);
+        rows().step(in.x, in.m, in.m_uncond, in.noise, in.history.data(), b.data(), b.size(), k, from, to, out, h);
+    });
 }
 
 }  // namespace tintype

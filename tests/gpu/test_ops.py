@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_checks import IDS, SAMPLES, every_check, forced, is_floating, norm_error
+from kernel_checks import (
+    DTYPES,
+    IDS,
+    SAMPLES,
+    check_same_bits_in_any_batch,
+    check_values_and_gradients,
+    every_check,
+    forced,
+    is_floating,
+    norm_error,
+)
+from matrix_samples import ATTENTION, LINEAR
 from tintype_kernels import NoiseKey, Row, scheduler_step
 from tintype_kernels.ahead_of_time import op_modules
 from tintype_kernels.philox import philox_normals
@@ -20,6 +31,20 @@ OURS = {sample.op for sample in SAMPLES}
 def test_asked_of_every_op(name):
     with forced("triton"):
         CHECKS[name]()
+
+
+@pytest.mark.parametrize("sample", ATTENTION + LINEAR, ids=lambda s: f"{s.op}: {s.label}")
+class TestMatrices:
+    """The ops that multiply matrices, bfloat16 included, which the interpreter gets wrong."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_equals_the_reference_in_float64(self, sample, dtype):
+        with forced("triton"):
+            check_values_and_gradients(sample, dtype, "cuda")
+
+    def test_same_bits_in_any_batch(self, sample):
+        with forced("triton"):
+            check_same_bits_in_any_batch(sample, torch.float16, "cuda")
 
 
 @pytest.mark.parametrize(

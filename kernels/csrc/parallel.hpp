@@ -1,0 +1,106 @@
+// A loop cut over a pool of threads that lives as long as the process. Who does which piece never changes a result.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdlib>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace tintype {
+
+class ThreadPool {
+public:
+    // Leaked on purpose: at exit its threads may be gone already, and joining them would hang a forked child.
+    static ThreadPool& instance() {
+        static ThreadPool* pool = new ThreadPool;
+        return *pool;
+    }
+
+    int threads() const { return threads_.load(); }
+    void set_threads(int count) { threads_.store(std::max(1, count)); }
+
+    // Calls piece(i) for each i below `pieces`; one caller at a time has the pool, another runs its own loop alone.
+    void run(std::size_t pieces, const std::function<void(std::size_t)>& piece) {
+        const std::size_t helpers = std::min<std::size_t>(static_cast<std::size_t>(threads()), pieces) - (pieces ? 1 : 0);
+        std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+        if (helpers == 0 || !owner.owns_lock() || forked()) {
+            for (std::size_t i = 0; i < pieces; ++i) piece(i);
+            return;
+        }
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (workers_ < helpers) start_worker();
+            piece_ = &piece, pieces_ = pieces, next_ = 0;
+            invited_ = working_ = helpers;
+            ++round_;
+        }
+        wake_.notify_all();
+        take_pieces();
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return working_ == 0; });
+    }
+
+private:
+    // A forked child has the pool's memory and none of its threads.
+    bool forked() const {
+#if defined(_WIN32)
+        return false;
+    }
+#else
+        return process_ != getpid();
+    }
+    const pid_t process_ = getpid();
+#endif
+
+    ThreadPool() {
+        const char* wanted = std::getenv("TINTYPE_NUM_THREADS");
+        const int asked = wanted ? std::atoi(wanted) : 0;
+        set_threads(asked > 0 ? asked : static_cast<int>(std::thread::hardware_concurrency()));
+    }
+
+    void start_worker() {
+        const std::size_t index = workers_++;
+        std::thread([this, index, seen = round_]() mutable {
+            for (;;) {
+                {
+                    std::unique_lock<std::mutex> lock(mutex_);
+                    wake_.wait(lock, [&] { return round_ != seen; });
+                    seen = round_;
+                    if (index >= invited_) continue;
+                }
+                take_pieces();
+                std::lock_guard<std::mutex> lock(mutex_);
+                if (--working_ == 0) done_.notify_one();
+            }
+        }).detach();
+    }
+
+    void take_pieces() {
+        for (std::size_t i = next_++; i < pieces_; i = next_++) (*piece_)(i);
+    }
+
+    std::atomic<int> threads_{1};
+    std::mutex owner_, mutex_;
+    std::condition_variable wake_, done_;
+    std::size_t workers_ = 0, invited_ = 0, working_ = 0, round_ = 0, pieces_ = 0;
+    std::atomic<std::size_t> next_{0};
+    const std::function<void(std::size_t)>* piece_ = nullptr;
+};
+
+// Below this many bytes waking a thread costs more than it saves.
+constexpr std::size_t kParallelBytes = std::size_t{1} << 18;
+
+inline void parallel_for(std::size_t pieces, std::size_t bytes, const std::function<void(std::size_t)>& piece) {
+    if (bytes >= kParallelBytes) return ThreadPool::instance().run(pieces, piece);
+    for (std::size_t i = 0; i < pieces; ++i) piece(i);
+}
+
+}  // namespace tintype

@@ -1,0 +1,52 @@
+"""A linear layer in int8: weights with a scale a row, tokens quantised as they come with a scale each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from tintype_kernels.ops import linear_epilogue as epilogue
+from tintype_kernels.ops.quantise import Int8Weight, dequantize, quantize_int8
+from tintype_kernels.ops.scaled_matmul import plain_linear, triton_linear
+from tintype_kernels.torch_op import TorchOp, public
+
+
+def reference(
+    x: Tensor, qw: Int8Weight, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """The op in plain PyTorch, summed in float64."""
+    return plain_linear(x, qw, bias, activation, residual)
+
+
+def _reference_forward(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:  # fmt: skip
+    return reference(x, Int8Weight(codes, scales), bias, activation, residual)
+
+
+FORWARD = TorchOp(
+    "int8_linear", fake=epilogue.empty_output, reference=_reference_forward, triton=triton_linear
+)
+epilogue.differentiable(FORWARD, lambda codes, dtype: dequantize(Int8Weight(*codes), dtype))
+
+
+@public(reference)
+def int8_linear(
+    x: Tensor, qw: Int8Weight, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Return `activation(x w^T + bias) + residual` for x [..., in] and `qw = quantize_int8(w)`.
+
+    x is rounded to 127 steps either way, a scale a token; gradients pass the rounding by. Activations: none, gelu,
+    gelu_tanh, silu.
+    """
+    epilogue.check_linear(x, qw.codes.shape, bias, residual, activation)
+    out: Tensor = FORWARD(x, qw.codes, qw.scales, bias, residual, activation)
+    return out
+
+
+def cases(make: Callable[..., Tensor], batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments at the sizes of real models; `make(*shape)` gives a tensor."""
+    for label, x, w, others in epilogue.linear_cases(make, batch):
+        yield label, {"x": x, "qw": quantize_int8(w), **others}

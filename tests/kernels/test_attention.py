@@ -1,0 +1,129 @@
+"""Attention interpreted and in plain PyTorch, its gradient's formula, and what torch asks of an op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernel_checks import (
+    check_same_bits_in_any_batch,
+    check_strided,
+    check_values_and_gradients,
+    forced,
+    norm_error,
+    normal,
+)
+from matrix_samples import ATTENTION, INTERPRETED_DTYPES
+from tintype_kernels import attention
+from tintype_kernels.ops import attention as op
+from tolerances import KERNEL_FORMULA
+from torch_contract import check_compiles_and_exports, check_gradient_formula, check_op
+
+every_sample = pytest.mark.parametrize("sample", ATTENTION, ids=[s.label for s in ATTENTION])
+one_sample = pytest.mark.parametrize(
+    "sample", ATTENTION[1:3], ids=[s.label for s in ATTENTION[1:3]]
+)
+
+
+@every_sample
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+def test_triton_equals_the_reference_in_float64(sample, dtype):
+    with forced("triton"):
+        check_values_and_gradients(sample, dtype, "cpu")
+
+
+@every_sample
+def test_the_reference_stands_in_for_a_kernel(sample):
+    with forced("reference"):
+        check_values_and_gradients(sample, torch.float32, "cpu")
+
+
+@one_sample
+def test_gradcheck(sample):
+    check_gradient_formula(sample)
+
+
+@one_sample
+def test_strided(sample):
+    with forced("triton"):
+        check_strided(sample, torch.float16, "cpu")
+
+
+@every_sample
+def test_same_bits_in_any_batch(sample):
+    with forced("triton"):
+        check_same_bits_in_any_batch(sample, torch.float16, "cpu")
+
+
+@one_sample
+def test_opcheck(sample):
+    check_op(sample)
+
+
+@one_sample
+def test_compiles_and_exports_whole(sample):
+    check_compiles_and_exports(sample)
+
+
+def test_the_plain_formula_is_the_softmax_of_the_definition():
+    q, k, v, k2, v2 = (normal(2, 3, tokens, 8) for tokens in (5, 7, 7, 2, 2))
+    lengths = torch.tensor([7, 4], dtype=torch.int32)
+    expected = torch.zeros_like(q)
+    for b, h, i in ((b, h, i) for b in range(2) for h in range(3) for i in range(5)):
+        for keys, values, count, weight in ((k, v, int(lengths[b]), 1.0), (k2, v2, 2, 0.4)):
+            scores = (keys[b, h, :count] * q[b, h, i]).sum(-1) * 0.7
+            shares = (scores - scores.max()).exp()
+            expected[b, h, i] += weight * (shares / shares.sum()) @ values[b, h, :count]
+    got = attention.reference(q, k, v, 0.7, k2, v2, 0.4, lengths)
+    assert norm_error(got, expected) < KERNEL_FORMULA
+
+
+def test_scores_beyond_halfs_range_choose_the_nearest_key():
+    q = 200 * torch.eye(16, dtype=torch.float16)[None, None]
+    v = normal(1, 1, 16, 16).half()
+    with forced(
+        "triton"
+    ):  # scores of 40000 times 4 are no float16, and their exponentials no float32
+        assert torch.equal(attention(q, q, v, scale=4.0), v)
+
+
+def test_tokens_lie_where_they_lay_in_q():
+    q = torch.randn(2, 6, 3, 16).transpose(1, 2)
+    assert attention(q, q, q).transpose(1, 2).is_contiguous()
+    assert attention(*[q.contiguous()] * 3).is_contiguous()
+
+
+def test_no_logarithms_are_kept_where_no_gradient_can_be_asked_for(monkeypatch):
+    kept = []
+    run = op.FORWARD.implementations["reference"]
+    monkeypatch.setitem(
+        op.FORWARD.implementations, "reference", lambda *a: kept.append(a[-1]) or run(*a)
+    )
+    q = torch.randn(1, 1, 4, 16)
+    attention(q, q, q)
+    attention(q.requires_grad_(), q, q)
+    assert kept == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 4)}, "q is .* expected a floating tensor of 4 dimensions"),
+        ({"k": torch.zeros(2, 3, 4, 8)}, r"k is .*expected torch.float32\[2, 3, 4, 16\]"),
+        ({"v": torch.zeros(2, 3, 5, 16)}, r"v is .*expected torch.float32\[2, 3, 7, 16\]"),
+        ({"k": torch.zeros(2, 3, 7, 16, dtype=torch.float64)}, r"k is torch.float64"),
+        ({"k_extra": torch.zeros(2, 3, 7, 16)}, "v_extra is None"),
+        ({"v_extra": torch.zeros(2, 3, 7, 16)}, "k_extra is None"),
+        ({"key_lengths": torch.zeros(3, dtype=torch.int32)}, r"key_lengths is torch.int32\[3\].*\[2\]"),
+        ({"key_lengths": torch.zeros(2)}, r"key_lengths is torch.float32\[2\]"),
+        ({"scale": -1.0}, "scale is -1.0, expected a positive number"),
+    ],
+)  # fmt: skip
+def test_arguments_are_checked_by_name(change, message):
+    arguments = {
+        "q": torch.zeros(2, 3, 5, 16),
+        "k": torch.zeros(2, 3, 7, 16),
+        "v": torch.zeros(2, 3, 7, 16),
+    }
+    with pytest.raises(ValueError, match=message):
+        attention(**{**arguments, **change})

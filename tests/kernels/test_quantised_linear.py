@@ -1,0 +1,130 @@
+"""int8_linear, fp8_linear and int4_linear, interpreted and in plain PyTorch, and what torch asks of an op."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernel_checks import (
+    check_same_bits_in_any_batch,
+    check_strided,
+    check_values_and_gradients,
+    forced,
+    norm_error,
+    normal,
+)
+from matrix_samples import INTERPRETED_DTYPES, LINEAR
+from tintype_kernels import fp8_linear, int4_linear, int8_linear
+from tintype_kernels.ops.linear_epilogue import ACTIVATIONS
+from tintype_kernels.ops.quantise import (
+    Int8Weight,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
+from tolerances import LINEAR_FP8, LINEAR_INT4, LINEAR_INT8
+from torch_contract import check_compiles_and_exports, check_gradient_formula, check_op
+
+OPS = {
+    "int8_linear": (int8_linear, quantize_int8, LINEAR_INT8),
+    "fp8_linear": (fp8_linear, quantize_fp8, LINEAR_FP8),
+    "int4_linear": (int4_linear, lambda w: quantize_int4(w, 32), LINEAR_INT4),
+}
+IDS = [f"{s.op}: {s.label}" for s in LINEAR]
+every_sample = pytest.mark.parametrize("sample", LINEAR, ids=IDS)
+RESTS = [s for s in LINEAR if s.label == "rest"]
+one_sample = pytest.mark.parametrize("sample", RESTS, ids=[s.op for s in RESTS])
+every_op = pytest.mark.parametrize("name", OPS)
+
+
+@every_sample
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+def test_triton_equals_the_reference_in_float64(sample, dtype):
+    with forced("triton"):
+        check_values_and_gradients(sample, dtype, "cpu")
+
+
+@every_sample
+def test_the_reference_stands_in_for_a_kernel(sample):
+    with forced("reference"):
+        check_values_and_gradients(sample, torch.float32, "cpu")
+
+
+@one_sample
+def test_strided(sample):
+    with forced("triton"):
+        check_strided(sample, torch.float16, "cpu")
+
+
+@one_sample
+def test_same_bits_in_any_batch(sample):
+    with forced("triton"):
+        check_same_bits_in_any_batch(sample, torch.float16, "cpu")
+
+
+@one_sample
+def test_opcheck(sample):
+    check_op(sample)
+
+
+@one_sample
+def test_compiles_and_exports_whole(sample):
+    check_compiles_and_exports(sample)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation):
+    """Of the op that rounds no tokens; the others' gradient is the same function, and rounding has none to compare."""
+    sample = next(s for s in RESTS if s.op == "int4_linear")
+    draw = sample.draw
+    check_gradient_formula(sample._replace(draw=lambda: {**draw(), "activation": activation}))
+
+
+@every_op
+def test_it_stands_for_the_linear_layer_that_was_quantised(name):
+    op, quantize, tolerance = OPS[name]
+    x, w, bias = normal(3, 5, 64).float(), normal(24, 64).float(), normal(24).float()
+    expected = torch.nn.functional.linear(x, w, bias)
+    assert norm_error(op(x, quantize(w), bias), expected) < tolerance
+
+
+def test_int8_products_are_exact_integers():
+    x, codes = (torch.randint(-127, 128, (n, 40)).float() for n in (5, 6))
+    x[:, 0] = codes[:, 0] = 127  # so that every scale is 1
+    qw = Int8Weight(codes.to(torch.int8), torch.ones(6))
+    with forced("triton"):
+        assert torch.equal(int8_linear(x, qw), (x.double() @ codes.double().t()).float())
+
+
+@every_op
+def test_a_token_of_zeros_gives_the_bias(name):
+    op, quantize, _ = OPS[name]
+    bias, qw = normal(24).float(), quantize(normal(24, 64).float())
+    for implementation in ("triton", "reference"):
+        with (
+            forced(implementation),
+            np.errstate(divide="ignore"),
+        ):  # of the scale that a select then passes over
+            assert torch.equal(op(torch.zeros(2, 64), qw, bias), bias.expand(2, -1))
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 32)}, r"x is .*expected a floating tensor \[..., 64\]"),
+        ({"x": torch.zeros(2, 64, dtype=torch.int32)}, "x is torch.int32"),
+        ({"bias": torch.zeros(25)}, r"bias is .*expected torch.float32\[24\]"),
+        ({"residual": torch.zeros(2, 64)}, r"residual is .*expected torch.float32\[2, 24\]"),
+        (
+            {"activation": "relu"},
+            "activation is 'relu', expected one of none, gelu, gelu_tanh, silu",
+        ),
+    ],
+)
+def test_arguments_are_checked_by_name(name, change, message):
+    op, quantize, _ = OPS[name]
+    arguments = {"x": torch.zeros(2, 64), "qw": quantize(torch.zeros(24, 64))}
+    with pytest.raises(ValueError, match=message):
+        op(**{**arguments, **change})

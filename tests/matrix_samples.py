@@ -1,0 +1,94 @@
+"""Samples of the ops that multiply matrices, for `kernel_checks` to ask its questions of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kernel_checks import Arguments, Sample, normal
+from tintype_kernels.ops import quantise
+
+# Triton's interpreter multiplies bfloat16 as integers, so these are checked in it on a GPU alone.
+INTERPRETED_DTYPES = [torch.float32, torch.float16]
+
+
+def _attention(
+    b: int, heads: int, queries: int, keys: int, dim: int, *,
+    extra: int = 0, lengths: list[int] | None = None, **options: Any,
+) -> Callable[[], Arguments]:  # fmt: skip
+    spread = options.pop("spread", 1.0)
+
+    def draw() -> Arguments:
+        counts = {
+            "q": queries,
+            "k": keys,
+            "v": keys,
+            **({"k_extra": extra, "v_extra": extra} if extra else {}),
+        }
+        tensors = {
+            name: normal(b, tokens, heads, dim, spread=spread if name in "qk" else 1.0).transpose(
+                1, 2
+            )
+            for name, tokens in counts.items()
+        }
+        more = {"extra_scale": 0.7} if extra else {}
+        if lengths is not None:
+            more["key_lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        return {**tensors, **more, **options}
+
+    return draw
+
+
+_SETS = ("q", "k", "v", "k_extra", "v_extra", "key_lengths")
+ATTENTION = [
+    # every head dimension; queries and keys that fill no block; one query; scores far apart
+    Sample("attention", "40", _attention(2, 1, 33, 77, 40), _SETS),
+    Sample("attention", "64, image prompt", _attention(2, 1, 45, 77, 64, extra=5), _SETS),
+    Sample("attention", "72, lengths", _attention(2, 2, 19, 40, 72, lengths=[40, 17]), _SETS),
+    Sample("attention", "80, scale", _attention(1, 1, 33, 35, 80, scale=0.3), _SETS),
+    Sample("attention", "96", _attention(1, 2, 5, 70, 96), _SETS),
+    Sample("attention", "128", _attention(1, 1, 64, 64, 128), _SETS),
+    Sample("attention", "160, no keys", _attention(2, 1, 9, 33, 160, extra=3, lengths=[0, 33]), _SETS),
+    Sample("attention", "one query", _attention(1, 1, 1, 2, 16), _SETS),
+    Sample("attention", "peaked", _attention(1, 1, 20, 40, 64, spread=2.0), _SETS),
+]  # fmt: skip
+
+
+def _linear(
+    scheme: str, rows: tuple[int, ...], columns: int, outputs: int, **options: Any
+) -> Callable[[], Arguments]:
+    quantize = {
+        "int8": quantise.quantize_int8.reference,
+        "int4": lambda w: quantise.quantize_int4.reference(w, options.get("group", 32)),
+        "fp8": quantise.quantize_fp8.reference,
+    }[scheme]
+
+    def draw() -> Arguments:
+        x = normal(*rows, columns, spread=options.get("spread", 1.0))
+        if (
+            scheme == "fp8"
+        ):  # on e4m3's own grid, as the interpreter drops the carry into the exponent when it rounds
+            x = x.clamp(-3.5, 3.5)
+            x[..., 0] = 3.5
+            x = (x * 128).to(torch.float8_e4m3fn).to(torch.float64) / 128
+        arguments = {"x": x, "qw": quantize(normal(outputs, columns).float())}
+        if options.get("epilogue", True):
+            arguments |= {"bias": normal(outputs), "residual": normal(*rows, outputs)}
+        return {**arguments, "activation": options.get("activation", "none")}
+
+    return draw
+
+
+_TOKENS = ("x", "residual")
+LINEAR = [
+    Sample("int8_linear", "rest", _linear("int8", (2, 35), 192, 70, activation="gelu_tanh"), _TOKENS),
+    Sample("int8_linear", "plain", _linear("int8", (3,), 40, 33, epilogue=False), _TOKENS),
+    Sample("int8_linear", "large", _linear("int8", (2, 3), 128, 16, spread=1e3, epilogue=False), _TOKENS),
+    Sample("fp8_linear", "rest", _linear("fp8", (2, 35), 192, 70, activation="silu"), _TOKENS),
+    Sample("fp8_linear", "plain", _linear("fp8", (3,), 40, 33, epilogue=False), _TOKENS),
+    Sample("int4_linear", "rest", _linear("int4", (2, 35), 192, 70, activation="gelu"), _TOKENS),
+    Sample("int4_linear", "64", _linear("int4", (3,), 64, 33, group=64, epilogue=False), _TOKENS),
+    Sample("int4_linear", "128", _linear("int4", (2, 3), 256, 16, group=128, activation="gelu_tanh"), _TOKENS),
+]  # fmt: skip
