@@ -5,7 +5,6 @@ Sources: Dao, "FlashAttention-2", ICLR 2024 (running softmax, two backward passe
 "IP-Adapter", 2023 (the second set). A row's arithmetic depends on its own keys alone, so it has the same bits in any
 batch. float32 is computed exactly, without tensor cores: it is for checking; models run in 16 bits.
 """
-# ruff: noqa: PLR0913, PLR0917
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 Source: Dao, "FlashAttention-2", ICLR 2024, algorithm 2, as two kernels so that sums have one order.
 """
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

@@ -3,9 +3,6 @@
 Source: Dao, "FlashAttention-2", ICLR 2024 (the running softmax). A row's arithmetic depends on its own keys alone, so
 it has the same bits in any batch. float32 is computed exactly, without tensor cores: it is for checking.
 """
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, ANN201, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

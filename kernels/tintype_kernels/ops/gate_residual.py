@@ -1,9 +1,5 @@
 """What joins a branch of a flow transformer to its stream: `x + gate * y`, with one gate a channel and sample."""
 
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,9 +1,5 @@
 """The feed-forward gate of UNet transformers: the first half of x times the exact gelu of the second."""
 
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 import math

@@ -5,10 +5,6 @@ that depends on the sizes of one sample alone: so a row has the same bits in any
 two numbers, for x - mean to be exact where the mean is thousands of times the spread.
 """
 
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 from tintype_kernels.triton_support import jit, tl, widen

@@ -1,7 +1,4 @@
 """A linear layer with int4 weights and 16-bit tokens: a quarter is read, and unpacked on chip."""
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """Adaptive layer norm of flow transformers: `layer_norm(x) * (1 + scale) + shift`, one read and one write."""
 
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

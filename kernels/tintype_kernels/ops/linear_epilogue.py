@@ -1,7 +1,4 @@
 """What follows a quantised product: scales, bias, activation, residual; and its gradient, which all of them share."""
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

@@ -4,10 +4,6 @@ The rotation is FLUX's: neighbouring elements are the two parts of a complex num
 hold an entry for each element, so that `out = y * cos + rotate(y) * sin` with `rotate(a, b) = (-b, a)`.
 """
 
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,4 @@
 """The product behind int8_linear and fp8_linear: tokens and weights in 8 bits, a scale for each row of both."""
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """The sampler's step on torch tensors: one pass that reads each tensor once and may make its noise on the way."""
 
-# Triton's parameters have no Python types, and its constants are in capitals.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0917
-# mypy: disable-error-code="name-defined, no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
