@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Triton reads it once, when an op's file is first imported; "auto" never runs what is interpreted.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 
 import tintype

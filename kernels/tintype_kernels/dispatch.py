@@ -6,6 +6,7 @@ The variable is read at each call. auto takes the first that can run, and never 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from tintype_kernels import native as extension
 
@@ -21,13 +22,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") in {"1", "true", "on", "yes"}
 
 
-def select(*, triton: str, native: str) -> str:
-    """Name the implementation for this call; each argument says why that one cannot run, or is empty."""
+def select(
+    *, triton: str, native: str, fastest: Callable[[list[str]], str] = lambda able: ""
+) -> str:
+    """Name the implementation for this call.
+
+    `triton` and `native` say why that one cannot run, or are empty; `fastest` is asked, of those that can, which one
+    has been measured to be the fastest, and may not know.
+    """
     wanted = os.environ.get(VARIABLE, "auto") or "auto"
     obstacles = {"triton": triton, "native": native, "reference": ""}
     able = [name for name, obstacle in obstacles.items() if not obstacle]
     if wanted == "auto":
-        return next(name for name in able if name != "triton" or not interpreting())
+        known = fastest(able)
+        return known or next(name for name in able if name != "triton" or not interpreting())
     if wanted in able:
         return wanted
     why = f": {obstacles[wanted]}" if wanted in obstacles else ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from tintype_kernels import choice, triton_support
 from tintype_kernels import native as extension
-from tintype_kernels import triton_support
 from tintype_kernels.dispatch import interpreting, select
 
 Obstacle = Callable[..., str]
@@ -60,13 +61,20 @@ class TorchOp:
 
     def _run(self, *arguments: Any) -> Any:
         device = first_tensor(arguments)
-        chosen = select(
-            triton=self._obstacle("triton", device, arguments),
-            native=self._obstacle("native", device, arguments),
-        )
         # Triton launches on the current device
         with torch.cuda.device_of(device):  # type: ignore[no-untyped-call]
+            chosen = select(
+                triton=self._obstacle("triton", device, arguments),
+                native=self._obstacle("native", device, arguments),
+                fastest=lambda able: self._fastest(able, device, arguments),
+            )
             return self.implementations[chosen](*arguments)
+
+    def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
+        if tensor.device.type != "cuda":
+            return ""
+        forms = {name: partial(self.implementations[name], *arguments) for name in able}
+        return choice.on_gpu(self.name, tensor, arguments, forms)
 
     def _obstacle(self, name: str, tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if name not in self.implementations:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tintype.errors import BundleError
+from tintype_kernels.cache import cache_folder, replace_text
 
 MANIFEST = "bundle.json"
 FORMAT = 1
-CACHE_VARIABLE = "TINTYPE_CACHE"
 _CHUNK = 1 << 20
 # A bundle's precision, and what it is called where arrays are meant.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -119,21 +118,6 @@ def save_manifest(bundle: Bundle) -> Path:
     target = bundle.folder / MANIFEST
     replace_text(target, json.dumps(manifest, indent=1) + "\n")
     return target
-
-
-def replace_text(target: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(target)
-
-
-def cache_folder() -> Path:
-    """Where Tintype remembers things between runs; `TINTYPE_CACHE` overrides it."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tintype")
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tintype.backends import Backend, choose
-from tintype.bundle import MANIFEST, Bundle, cache_folder, is_bundle, open_bundle
+from tintype.bundle import MANIFEST, Bundle, is_bundle, open_bundle
 from tintype.errors import CheckpointError
 from tintype.families.conditioning import TextTokenizer
 from tintype.families.latent_diffusion import LatentDiffusion
 from tintype.pipeline import Pipeline
 from tintype.t5_tokenizer import T5Tokenizer
 from tintype.tokenizer import ClipTokenizer
+from tintype_kernels.cache import cache_folder
 
 if TYPE_CHECKING:
     from tintype.checkpoints import Checkpoint

@@ -16,8 +16,9 @@ from tintype.backends import Arrays
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import MappedWeights, graph_file, read_graph
 from tintype.backends.onnx_weights import output_names, read_from_memory
-from tintype.bundle import DTYPES, Bundle, cache_folder
+from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
+from tintype_kernels.cache import cache_folder
 
 # A blob holds the weights once more, packed, and larger than they were: kept only where somebody asks for it.
 CACHE_VARIABLE = "TINTYPE_OPENVINO_CACHE"

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import tintype
 from tintype import backends
 from tintype.backends.onnx_weights import IN_MEMORY, read_from_memory, weight_files
-from tintype.bundle import MANIFEST, cache_folder, open_bundle, write_manifest
+from tintype.bundle import MANIFEST, open_bundle, write_manifest
 from tintype.errors import BackendUnavailable, BundleError, ProfileError, RequestError
 from tintype_export.quality import psnr
 from tiny_bundle import WEIGHTS, random_weights
@@ -21,6 +21,7 @@ from tolerances import LEAST_DB_16_BITS, STAGE_FP32, TINY_GRAPH, relative_error
 
 ov = pytest.importorskip("openvino")
 from tintype.backends.openvino import CACHE_VARIABLE, OpenVinoBackend  # noqa: E402 - needs openvino
+from tintype_kernels.cache import cache_folder  # noqa: E402 - needs openvino
 
 PROMPT = "a red lighthouse on a rocky coast at dusk"
 SETTINGS = {"num_inference_steps": 3, "output_type": "np"}

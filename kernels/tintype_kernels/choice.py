@@ -1,0 +1,87 @@
+"""Which form of an op is the fastest for a shape on this GPU: measured once, and remembered on disk.
+
+With `TINTYPE_AUTOTUNE=1` the forms that can run are timed when an op first meets a shape; without it what was measured
+before is used, and Triton's form for the rest. `TINTYPE_KERNELS` overrides all of it. The batch is no part of a shape,
+so that a row has the same bits in any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tintype_kernels.cache import cache_folder, replace_text
+
+VARIABLE = "TINTYPE_AUTOTUNE"
+Forms = Mapping[str, Callable[[], Any]]
+Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
+
+
+class Choices:
+    """A table (op, dtype, shape) -> form in a JSON file, which several processes may share."""
+
+    def __init__(self, path: Path, timer: Timer) -> None:
+        self._path, self._timer = path, timer
+        self._table = _read(path)
+
+    def fastest(self, key: str, forms: Forms, *, measure: bool) -> str:
+        """The name of a form that is known to be the fastest, or nothing."""
+        known = self._table.get(key, {}).get("fastest", "")
+        if known in forms or not measure:
+            return known if known in forms else ""
+        times = {name: self._timer(form) for name, form in forms.items()}
+        fastest = min(times, key=lambda name: times[name])
+        # What others have measured since is kept.
+        self._table = _read(self._path) | {key: {"fastest": fastest, "milliseconds": times}}
+        replace_text(self._path, json.dumps(self._table, indent=1) + "\n")
+        return fastest
+
+
+def shape_class(op: str, arguments: tuple[Any, ...]) -> str:
+    """The key of a call: its tensors' types, and their sizes without the batch, rounded up to powers of two."""
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    return " ".join([op, *(f"{_short(t.dtype)}[{_sizes(t)}]" for t in tensors)])
+
+
+def on_gpu(op: str, tensor: Tensor, arguments: tuple[Any, ...], forms: Forms) -> str:
+    """The fastest form for these arguments on the tensor's GPU, or nothing where that is not known."""
+    capturing = torch.cuda.is_current_stream_capturing()
+    measure = os.environ.get(VARIABLE, "0") not in {"", "0"} and not capturing
+    return _choices(tensor.device).fastest(shape_class(op, arguments), forms, measure=measure)
+
+
+@cache
+def _choices(device: torch.device) -> Choices:
+    from triton.testing import do_bench
+
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).lower()
+    about = f"{name}-torch{torch.__version__}-triton{version('triton')}.json"
+    return Choices(
+        cache_folder() / "kernels" / about,
+        lambda form: float(do_bench(form, warmup=5, rep=20, return_mode="median")),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or cut short: measured again
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sizes(tensor: Tensor) -> str:
+    return "x".join(str(1 << max(size - 1, 0).bit_length()) for size in tensor.shape[1:])

@@ -1,0 +1,86 @@
+"""The table of fastest forms: measured once, remembered on disk, the same for any batch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tintype_kernels.choice import Choices, shape_class
+from tintype_kernels.dispatch import KernelUnavailable, select
+
+
+class Clock:
+    """A timer that knows how long each form takes, and counts what it was asked."""
+
+    def __init__(self, **milliseconds):
+        self.forms = {name: (lambda name=name: name) for name in milliseconds}
+        self.milliseconds, self.asked = milliseconds, []
+
+    def __call__(self, form):
+        self.asked.append(form())
+        return self.milliseconds[form()]
+
+
+def test_the_fastest_is_measured_once_and_remembered(tmp_path):
+    path, clock = tmp_path / "kernels" / "gpu.json", Clock(triton=2.0, reference=1.0)
+    choices = Choices(path, clock)
+    assert choices.fastest("key", clock.forms, measure=True) == "reference"
+    assert choices.fastest("key", clock.forms, measure=True) == "reference"
+    assert Choices(path, clock).fastest("key", clock.forms, measure=False) == "reference"
+    assert clock.asked == ["triton", "reference"]
+
+
+def test_nothing_is_measured_unless_asked_for(tmp_path):
+    clock = Clock(triton=2.0, reference=1.0)
+    choices = Choices(tmp_path / "gpu.json", clock)
+    assert choices.fastest("key", clock.forms, measure=False) == ""
+    assert not clock.asked
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_form_that_cannot_run_any_more_is_measured_around(tmp_path):
+    clock = Clock(triton=1.0, native=3.0, reference=2.0)
+    choices = Choices(tmp_path / "gpu.json", clock)
+    assert choices.fastest("key", clock.forms, measure=True) == "triton"
+    rest = {name: form for name, form in clock.forms.items() if name != "triton"}
+    assert choices.fastest("key", rest, measure=False) == ""
+    assert choices.fastest("key", rest, measure=True) == "reference"
+
+
+def test_two_processes_keep_each_others_findings(tmp_path):
+    path, clock = tmp_path / "gpu.json", Clock(triton=1.0, reference=2.0)
+    first, second = Choices(path, clock), Choices(path, clock)
+    first.fastest("a", clock.forms, measure=True)
+    second.fastest("b", clock.forms, measure=True)
+    assert set(json.loads(path.read_text())) == {"a", "b"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_damaged_table_is_made_again(tmp_path, text):
+    path, clock = tmp_path / "gpu.json", Clock(triton=1.0, reference=2.0)
+    path.write_text(text)
+    assert Choices(path, clock).fastest("key", clock.forms, measure=True) == "triton"
+
+
+def test_a_shape_leaves_out_the_batch_and_rounds_up():
+    def key(batch, tokens, dtype=torch.float16):
+        q = torch.empty(batch, 8, tokens, 40, dtype=dtype)
+        return shape_class("attention", (q, None, 0.5))
+
+    assert key(1, 4096) == key(8, 4096) == key(1, 4000)
+    assert key(1, 4096) != key(1, 77)
+    assert key(1, 77) != key(1, 77, torch.bfloat16)
+
+
+def test_what_was_measured_is_taken_unless_overridden(monkeypatch):
+    def chosen(**obstacles):
+        return select(**obstacles, fastest=lambda able: "reference")
+
+    monkeypatch.setenv("TINTYPE_KERNELS", "auto")
+    assert chosen(triton="", native="no") == "reference"
+    monkeypatch.setenv("TINTYPE_KERNELS", "triton")
+    assert chosen(triton="", native="no") == "triton"
+    with pytest.raises(KernelUnavailable, match="no GPU"):
+        chosen(triton="no GPU", native="no")
