@@ -1,68 +1,14 @@
-"""Attention interpreted and in plain PyTorch, its gradient's formula, and what torch asks of an op."""
+"""What is particular to attention; `test_ops.py` asks of it what it asks of every op."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kernel_checks import (
-    check_same_bits_in_any_batch,
-    check_strided,
-    check_values_and_gradients,
-    forced,
-    norm_error,
-    normal,
-)
-from matrix_samples import ATTENTION, INTERPRETED_DTYPES
+from kernel_checks import forced, norm_error, normal
 from tintype_kernels import attention
 from tintype_kernels.ops import attention as op
 from tolerances import KERNEL_FORMULA
-from torch_contract import check_compiles_and_exports, check_gradient_formula, check_op
-
-every_sample = pytest.mark.parametrize("sample", ATTENTION, ids=[s.label for s in ATTENTION])
-one_sample = pytest.mark.parametrize(
-    "sample", ATTENTION[1:3], ids=[s.label for s in ATTENTION[1:3]]
-)
-
-
-@every_sample
-@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
-def test_triton_equals_the_reference_in_float64(sample, dtype):
-    with forced("triton"):
-        check_values_and_gradients(sample, dtype, "cpu")
-
-
-@every_sample
-def test_the_reference_stands_in_for_a_kernel(sample):
-    with forced("reference"):
-        check_values_and_gradients(sample, torch.float32, "cpu")
-
-
-@one_sample
-def test_gradcheck(sample):
-    check_gradient_formula(sample)
-
-
-@one_sample
-def test_strided(sample):
-    with forced("triton"):
-        check_strided(sample, torch.float16, "cpu")
-
-
-@every_sample
-def test_same_bits_in_any_batch(sample):
-    with forced("triton"):
-        check_same_bits_in_any_batch(sample, torch.float16, "cpu")
-
-
-@one_sample
-def test_opcheck(sample):
-    check_op(sample)
-
-
-@one_sample
-def test_compiles_and_exports_whole(sample):
-    check_compiles_and_exports(sample)
 
 
 def test_the_plain_formula_is_the_softmax_of_the_definition():

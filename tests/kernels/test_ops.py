@@ -7,67 +7,80 @@ import torch
 
 from kernel_checks import (
     DTYPES,
-    IDS,
     SAMPLES,
     check_same_bits_in_any_batch,
     check_strided,
     check_values_and_gradients,
     forced,
 )
+from matrix_samples import ATTENTION, INTERPRETED_DTYPES, LINEAR
 from tintype_kernels import KernelUnavailable
 from torch_contract import check_compiles_and_exports, check_gradient_formula, check_op
 
-every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
-BATCHED = [s for s in SAMPLES if s.batched]
+ALL = [*SAMPLES, *ATTENTION, *LINEAR]
 # What traces an op sees shapes alone, so one sample of each op says it all, and one more of each optional tensor.
-FIRST = [s for s in SAMPLES if s.label in {"on chip NHWC", "split", "rest", "no weights"}]
-one_sample = pytest.mark.parametrize("sample", FIRST, ids=[f"{s.op}: {s.label}" for s in FIRST])
+_TELLING = {"on chip NHWC", "split", "rest", "no weights", "64, image prompt", "72, lengths"}
+TELLING = [s for s in ALL if s.label in _TELLING]
 
 
-@every_sample
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def each(samples):
+    """Parametrise by samples, named as people would."""
+    return pytest.mark.parametrize("sample", samples, ids=[f"{s.op}: {s.label}" for s in samples])
+
+
+def dtypes_of(sample):
+    """The types that Triton's interpreter computes the sample in as a GPU would."""
+    return DTYPES if sample in SAMPLES else INTERPRETED_DTYPES
+
+
+TYPED = [(sample, dtype) for sample in ALL for dtype in dtypes_of(sample)]
+
+
+@pytest.mark.parametrize(
+    ("sample", "dtype"), TYPED, ids=[f"{s.op}: {s.label} {d}" for s, d in TYPED]
+)
 def test_triton_equals_the_reference_in_float64(sample, dtype):
     with forced("triton"):
         check_values_and_gradients(sample, dtype, "cpu")
 
 
-@one_sample
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(TELLING)
 @pytest.mark.parametrize("implementation", ["reference", "auto"])
-def test_a_cpu_without_triton_gets_the_same(sample, dtype, implementation):
-    with forced(implementation):
-        check_values_and_gradients(sample, dtype, "cpu")
+def test_a_cpu_without_triton_gets_the_same(sample, implementation):
+    for dtype in dtypes_of(sample):
+        with forced(implementation):
+            check_values_and_gradients(sample, dtype, "cpu")
 
 
-@every_sample
+@each([s for s in ALL if s in SAMPLES or s in TELLING])
 def test_strided(sample):
     with forced("triton"):
         check_strided(sample, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("sample", BATCHED, ids=[f"{s.op}: {s.label}" for s in BATCHED])
+@each([s for s in ALL if s.batched])
 def test_same_bits_in_any_batch(sample):
     with forced("triton"):
         check_same_bits_in_any_batch(sample, torch.float16, "cpu")
 
 
-@one_sample
+@each([s for s in TELLING if s in SAMPLES])
 def test_a_kernel_computes_in_float64_where_its_arguments_are(sample):
     with forced("triton"):
         check_values_and_gradients(sample, torch.float64, "cpu")
 
 
-@one_sample
+@each([s for s in TELLING if s not in LINEAR])  # rounding to codes has no differences to compare
 def test_gradients_are_those_of_finite_differences(sample):
     check_gradient_formula(sample)
 
 
-@one_sample
+@each(TELLING)
 def test_opcheck(sample):
     check_op(sample)
 
 
-@one_sample
+@each(TELLING)
 def test_compiles_and_exports_whole(sample):
     check_compiles_and_exports(sample)
 

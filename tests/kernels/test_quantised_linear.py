@@ -1,4 +1,4 @@
-"""int8_linear, fp8_linear and int4_linear, interpreted and in plain PyTorch, and what torch asks of an op."""
+"""What is particular to the quantised linear layers; `test_ops.py` asks of them what it asks of every op."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernel_checks import (
-    check_same_bits_in_any_batch,
-    check_strided,
-    check_values_and_gradients,
-    forced,
-    norm_error,
-    normal,
-)
-from matrix_samples import INTERPRETED_DTYPES, LINEAR
+from kernel_checks import forced, norm_error, normal
+from matrix_samples import LINEAR
 from tintype_kernels import fp8_linear, int4_linear, int8_linear
 from tintype_kernels.ops.linear_epilogue import ACTIVATIONS
 from tintype_kernels.ops.quantise import (
@@ -24,59 +17,20 @@ from tintype_kernels.ops.quantise import (
     quantize_int8,
 )
 from tolerances import LINEAR_FP8, LINEAR_INT4, LINEAR_INT8
-from torch_contract import check_compiles_and_exports, check_gradient_formula, check_op
+from torch_contract import check_gradient_formula
 
 OPS = {
     "int8_linear": (int8_linear, quantize_int8, LINEAR_INT8),
     "fp8_linear": (fp8_linear, quantize_fp8, LINEAR_FP8),
     "int4_linear": (int4_linear, lambda w: quantize_int4(w, 32), LINEAR_INT4),
 }
-IDS = [f"{s.op}: {s.label}" for s in LINEAR]
-every_sample = pytest.mark.parametrize("sample", LINEAR, ids=IDS)
-RESTS = [s for s in LINEAR if s.label == "rest"]
-one_sample = pytest.mark.parametrize("sample", RESTS, ids=[s.op for s in RESTS])
 every_op = pytest.mark.parametrize("name", OPS)
-
-
-@every_sample
-@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
-def test_triton_equals_the_reference_in_float64(sample, dtype):
-    with forced("triton"):
-        check_values_and_gradients(sample, dtype, "cpu")
-
-
-@every_sample
-def test_the_reference_stands_in_for_a_kernel(sample):
-    with forced("reference"):
-        check_values_and_gradients(sample, torch.float32, "cpu")
-
-
-@one_sample
-def test_strided(sample):
-    with forced("triton"):
-        check_strided(sample, torch.float16, "cpu")
-
-
-@one_sample
-def test_same_bits_in_any_batch(sample):
-    with forced("triton"):
-        check_same_bits_in_any_batch(sample, torch.float16, "cpu")
-
-
-@one_sample
-def test_opcheck(sample):
-    check_op(sample)
-
-
-@one_sample
-def test_compiles_and_exports_whole(sample):
-    check_compiles_and_exports(sample)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation):
     """Of the op that rounds no tokens; the others' gradient is the same function, and rounding has none to compare."""
-    sample = next(s for s in RESTS if s.op == "int4_linear")
+    sample = next(s for s in LINEAR if s.op == "int4_linear")
     draw = sample.draw
     check_gradient_formula(sample._replace(draw=lambda: {**draw(), "activation": activation}))
 
