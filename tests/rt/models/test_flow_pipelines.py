@@ -8,14 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import small_flow_checkpoints as small
 import tintype
-from tintype.errors import CheckpointError, ProfileError, RequestError
+from tintype.errors import ProfileError, RequestError
 from tintype.noise import initial_noise
-from tintype.t5_tokenizer import T5Tokenizer
 from tolerances import LATENTS_20_STEPS, relative_error
 
 PROMPT = "a red lighthouse, two blue boats in the rain!"
@@ -119,29 +116,3 @@ def test_guidance_that_a_model_has_no_use_for_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         tintype.load(saved(kind))("the", height=32, width=32, **arguments)
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("t5")
-    peer = small.t5_tokenizer()
-    peer.save_pretrained(folder)
-    return peer, T5Tokenizer(folder, 32)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_t5_tokenization_equals_transformers(tokenizers: Any, text: str) -> None:
-    peer, ours = tokenizers
-    expected = peer(text, padding="max_length", max_length=32, truncation=True).input_ids
-    pieces = len(peer(text).input_ids) - 1
-    if pieces <= 31:
-        assert ours(text)[0].tolist() == expected
-        return
-    with pytest.warns(UserWarning, match=f"{pieces} tokens and T5 reads 31"):
-        assert ours(text)[0].tolist() == expected
-
-
-def test_a_missing_tokenizer_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
-        T5Tokenizer(tmp_path, 77)
