@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
-from tintype.bundle import write_manifest
+from tintype.bundle import MANIFEST, Bundle, describe, save_manifest
 
 WIDTH = 8  # channels of the embedding
 SIZES = [(32, 32), (48, 32)]
@@ -24,6 +24,17 @@ SCHEDULER = {
 }
 DEFAULTS = {"width": 32, "height": 32, "num_inference_steps": 4, "guidance_scale": 3.0}
 I64, F32 = TensorProto.INT64, TensorProto.FLOAT
+
+
+def write_manifest(folder, *, precision="fp32", tokenizers=("tokenizer",), **fields):
+    """Hash every visible file of the folder into its `bundle.json`; `fields` are the other ones of a Bundle."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    visible = (path for path in found if not any(part.startswith(".") for part in path.parts))
+    names = sorted(path.as_posix() for path in visible if path.as_posix() != MANIFEST)
+    files = {name: describe(folder / name) for name in names}
+    return save_manifest(
+        Bundle(folder, precision=precision, tokenizers=list(tokenizers), files=files, **fields)
+    )
 
 
 def write_tiny_bundle(folder):

@@ -84,4 +84,6 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _sizes(tensor: Tensor) -> str:
-    return "x".join(str(1 << max(size - 1, 0).bit_length()) for size in tensor.shape[1:])
+    """What has elements of eight bits is a quantised weight, and has no batch to leave out."""
+    sizes = tensor.shape if tensor.element_size() == 1 else tensor.shape[1:]
+    return "x".join(str(1 << max(size - 1, 0).bit_length()) for size in sizes)

@@ -71,7 +71,7 @@ class TorchOp:
             return self.implementations[chosen](*arguments)
 
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
-        if tensor.device.type != "cuda":
+        if tensor.device.type != "cuda" or len(able) == 1:
             return ""
         forms = {name: partial(self.implementations[name], *arguments) for name in able}
         return choice.on_gpu(self.name, tensor, arguments, forms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,42 +70,6 @@ def open_bundle(folder: str | Path, *, check_hashes: bool = True, remember: bool
     return bundle
 
 
-def write_manifest(
-    folder: str | Path,
-    *,
-    name: str,
-    family: str,
-    stages: Mapping[str, Mapping[str, str]],
-    scheduler: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    precision: str = "fp32",
-    tokenizers: Sequence[str] = ("tokenizer",),
-    provenance: Mapping[str, Any] | None = None,
-) -> Path:
-    """Hash every file of the folder into its `bundle.json` and return that file's path.
-
-    `stages` maps stage -> profile -> file relative to the folder; `tokenizers` names one folder a text
-    encoder; `scheduler` is the checkpoint's `scheduler_config.json`; `defaults` has `width`, `height`,
-    `num_inference_steps`, `guidance_scale` and, where it is not the checkpoint's own, `scheduler`;
-    `provenance` is whatever says how the bundle was made and verified.
-    """
-    root = Path(folder)
-    return save_manifest(
-        Bundle(
-            folder=root,
-            name=name,
-            family=family,
-            precision=precision,
-            stages={stage: dict(profiles) for stage, profiles in stages.items()},
-            scheduler=dict(scheduler),
-            tokenizers=list(tokenizers),
-            defaults=dict(defaults),
-            files={relative: describe(root / relative) for relative in _walk(root)},
-            provenance=dict(provenance or {}),
-        )
-    )
-
-
 def save_manifest(bundle: Bundle) -> Path:
     """Write the `bundle.json` of a bundle whose files are described, and return its path."""
     for relative, stage, profile in _graphs(bundle.stages):
@@ -164,13 +128,6 @@ def _inside(root: Path, relative: str) -> Path:
     if pure.is_absolute() or "\\" in relative or not path.resolve().is_relative_to(root.resolve()):
         raise BundleError(f"{root}: {relative!r} leads out of the bundle")
     return path
-
-
-def _walk(root: Path) -> list[str]:
-    """Every file but the manifest and hidden ones, in a stable order."""
-    found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    visible = (path for path in found if not any(part.startswith(".") for part in path.parts))
-    return sorted(path.as_posix() for path in visible if path.as_posix() != MANIFEST)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,25 +44,28 @@ class T5Tokenizer:
         """The text of all fragments in the one window that T5 has, however long CLIP's windows may get."""
         room = self.length - 1
         pieces = [
-            (token, weight, text[begin:])
+            (token, weight, text, begin)
             for text, weight in ((well_formed(each), weight) for each, weight in fragments)
-            for token, (begin, _) in self._encoded(text)
+            for token, begin in self._encoded(text)
         ]
         if len(pieces) > room:
+            *_, text, begin = pieces[room]
             warnings.warn(
-                f"the prompt has {len(pieces)} tokens and T5 reads {room}; dropped: {pieces[room][2]!r}",
+                f"the prompt has {len(pieces)} tokens and T5 reads {room}; dropped: {text[begin:]!r}",
                 UserWarning,
                 stacklevel=3,
             )
         kept = pieces[:room]
         padding = room - len(kept)
-        ids = [*(token for token, _, _ in kept), self._end, *[self._padding] * padding]
-        weights = [*(weight for _, weight, _ in kept), *[1.0] * (padding + 1)]
+        ids = [*(token for token, *_ in kept), self._end, *[self._padding] * padding]
+        weights = [*(weight for _, weight, *_ in kept), *[1.0] * (padding + 1)]
         return [Window(np.array([ids], np.int64), np.array(weights, np.float32))]
 
-    def _encoded(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+    def _encoded(self, text: str) -> Iterator[tuple[int, int]]:
+        """Each piece's id, and where in the text it begins."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return list(zip(encoding.ids, encoding.offsets, strict=True))
+        for token, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            yield token, begin
 
     def _id(self, path: Path, token: str) -> int:
         number = self._tokenizer.token_to_id(token)

@@ -74,6 +74,15 @@ def test_a_shape_leaves_out_the_batch_and_rounds_up():
     assert key(1, 77) != key(1, 77, torch.bfloat16)
 
 
+def test_a_quantised_weight_counts_whole():
+    def key(tokens, outputs):
+        x, codes = torch.empty(tokens, 64), torch.empty(outputs, 64, dtype=torch.int8)
+        return shape_class("int8_linear", (x, codes, torch.empty(outputs)))
+
+    assert key(1, 640) == key(4096, 640)
+    assert key(1, 640) != key(1, 5120)
+
+
 def test_what_was_measured_is_taken_unless_overridden(monkeypatch):
     def chosen(**obstacles):
         return select(**obstacles, fastest=lambda able: "reference")

@@ -12,10 +12,10 @@ import pytest
 import tintype
 from tintype import bundle as bundles
 from tintype.backends.onnx_weights import weight_files
-from tintype.bundle import MANIFEST, open_bundle, write_manifest
+from tintype.bundle import MANIFEST, open_bundle
 from tintype.errors import BundleError
 from tintype_kernels.cache import cache_folder
-from tiny_bundle import WEIGHTS
+from tiny_bundle import WEIGHTS, write_manifest
 
 
 def edit(folder, **changes):

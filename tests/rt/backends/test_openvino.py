@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 import tintype
 from tintype import backends
 from tintype.backends.onnx_weights import IN_MEMORY, read_from_memory, weight_files
-from tintype.bundle import MANIFEST, open_bundle, write_manifest
+from tintype.bundle import MANIFEST, open_bundle
 from tintype.errors import BackendUnavailable, BundleError, ProfileError, RequestError
 from tintype_export.quality import psnr
-from tiny_bundle import WEIGHTS, random_weights
+from tiny_bundle import WEIGHTS, random_weights, write_manifest
 from tolerances import LEAST_DB_16_BITS, STAGE_FP32, TINY_GRAPH, relative_error
 
 ov = pytest.importorskip("openvino")
