@@ -72,8 +72,8 @@ def scheduler_step(
     None where no guidance applies. `noise` is a NoiseKey where the step shall make it. Of arrays, float32 takes the
     native kernel, any other floating type and thresholds, which sort, the reference.
 
-    For tensors `row` may be a tensor of its `coefficients()`, and `noise` an int64 tensor of rows
-    (seed, step, stream), so that a captured CUDA graph is replayed with other numbers in them.
+    For tensors `row` may be a tensor of its `coefficients()`, one for all or one a sample [n, ...], and `noise` an
+    int64 tensor of rows (seed, step, stream), so that a captured CUDA graph is replayed with other numbers in them.
     """
     if isinstance(row, Row):
         _check_row(history, row, noise)

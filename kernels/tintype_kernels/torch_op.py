@@ -22,7 +22,8 @@ class TorchOp:
 
     Every implementation takes the op's arguments by position and gives new tensors of the shapes and strides that
     `fake` gives; the op's schema is read off the annotations of `reference`. `obstacles` holds, by the name of an
-    implementation, a function of the op's arguments that says why it cannot take them, or nothing.
+    implementation, a function of the op's arguments that says why it cannot take them, or nothing. `unmeasured` is
+    the form that runs on a GPU where nothing was measured, if not the first that can.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class TorchOp:
         triton: Callable[..., Any],
         native: Callable[..., Any] | None = None,
         obstacles: dict[str, Obstacle] | None = None,
+        unmeasured: str = "",
     ) -> None:
         self.name = name
+        self.unmeasured = unmeasured
         self.implementations = {"reference": reference, "triton": triton}
         if native is not None:
             self.implementations["native"] = native
@@ -59,22 +62,25 @@ class TorchOp:
         self.gradient = setup_context, backward
         self._op.register_autograd(backward, setup_context=setup_context)
 
-    def _run(self, *arguments: Any) -> Any:
+    def form(self, *arguments: Any) -> str:
+        """The name of the implementation that these arguments take."""
         device = first_tensor(arguments)
+        return select(
+            triton=self._obstacle("triton", device, arguments),
+            native=self._obstacle("native", device, arguments),
+            fastest=lambda able: self._fastest(able, device, arguments),
+        )
+
+    def _run(self, *arguments: Any) -> Any:
         # Triton launches on the current device
-        with torch.cuda.device_of(device):  # type: ignore[no-untyped-call]
-            chosen = select(
-                triton=self._obstacle("triton", device, arguments),
-                native=self._obstacle("native", device, arguments),
-                fastest=lambda able: self._fastest(able, device, arguments),
-            )
-            return self.implementations[chosen](*arguments)
+        with torch.cuda.device_of(first_tensor(arguments)):  # type: ignore[no-untyped-call]
+            return self.implementations[self.form(*arguments)](*arguments)
 
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if tensor.device.type != "cuda" or len(able) == 1:
             return ""
         forms = {name: partial(self.implementations[name], *arguments) for name in able}
-        return choice.on_gpu(self.name, tensor, arguments, forms)
+        return choice.on_gpu(self.name, tensor, arguments, forms) or self.unmeasured
 
     def _obstacle(self, name: str, tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if name not in self.implementations:

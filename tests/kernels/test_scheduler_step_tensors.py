@@ -82,6 +82,32 @@ def test_a_row_and_keys_may_be_tensors_of_the_device():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_samples_may_have_rows_of_their_own(implementation):
+    x, m, uncond, kept, noise = latents(2, 3, 5, 8)
+    rows = [ROW, ROW._replace(u_x=0.1, a=-1.0, s=0.5, guidance=2.0, clip=None)]
+    largest = np.finfo(np.float32).max
+    together = torch.tensor([row.coefficients() for row in rows]).clamp(-largest, largest)
+    with forced(implementation):
+        made = scheduler_step(x, m, uncond, [kept], together, noise)
+        for i, row in enumerate(rows):
+            one = slice(i, i + 1)
+            alone = scheduler_step(x[one], m[one], uncond[one], [kept[one]], row, noise[one])
+            for a, b in zip(made, alone, strict=True):
+                np.testing.assert_array_max_ulp(a[one].numpy(), b.numpy(), maxulp=1)
+
+
+def test_gradients_of_samples_with_rows_of_their_own():
+    x, m, uncond, kept, noise = (t.double().requires_grad_() for t in latents(2, 3))
+    rows = [ROW.coefficients(), ROW._replace(a=-1.0, guidance=2.0).coefficients()]
+    coefficients = torch.tensor(rows, dtype=torch.float64)
+
+    def step(*tensors):
+        return scheduler_step(*tensors[:3], [tensors[3]], coefficients, tensors[4])
+
+    assert torch.autograd.gradcheck(step, (x, m, uncond, kept, noise))
+
+
 def test_a_sample_does_not_depend_on_its_neighbours():
     x, m, uncond, kept, _ = latents(4, 3, 700)
     with forced("triton"):

@@ -24,11 +24,17 @@ def _reference_forward(
     noise: Tensor | None, keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     noise = noise if keys is None else _normals_of(keys, x)
-    guidance, u_x, u_m, clip, a, c, s, *b = coefficients.unbind()
+    guidance, u_x, u_m, clip, a, c, s, *b = _columns(coefficients, x)
     row: Any = Row(u_x, u_m, a, c, tuple(b), s, clip, guidance)  # type: ignore[arg-type]
     plain, noise = (None if t is None else wide(t) for t in (m_uncond, noise))
     new, h = reference(wide(x), wide(m), plain, [wide(kept) for kept in history], row, noise)
     return empty(x).copy_(new), empty(x).copy_(h)
+
+
+def _columns(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Each coefficient, of all samples or of each, in a shape that goes with x."""
+    shape = coefficients.shape[:-1] + (1,) * (x.ndim - 1 if coefficients.ndim == 2 else 0)
+    return tuple(column.reshape(shape) for column in coefficients.unbind(-1))
 
 
 def _normals_of(keys: Tensor, x: Tensor) -> Tensor:
@@ -84,13 +90,14 @@ def _normals(key, start, BLOCK: tl.constexpr):
 
 @jit
 def _kernel(
-    x, m, m_uncond, history, coefficients, noise, keys, out, h_out, COUNT,
+    x, m, m_uncond, history, coefficients, noise, keys, out, h_out, COUNT, ROW,
     ORDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of a sample: grid (elements, samples)."""
+    """BLOCK elements of a sample: grid (elements, samples). Samples' coefficients lie ROW apart, 0 where all share."""
     start, n = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
     i = start + tl.arange(0, BLOCK)
     mask, sample = i < COUNT, n * COUNT
+    coefficients += n * ROW
     here = widen(tl.load(x + sample + i, mask, 0.0))
     guided = widen(tl.load(m + sample + i, mask, 0.0))
     if m_uncond is not None:
@@ -121,11 +128,13 @@ def _triton_forward(
     out, h = empty(x), empty(x)
     latents = [None if t is None else t.contiguous() for t in (x, m, m_uncond)]
     noise = None if noise is None else noise.contiguous()
-    orders = len(coefficients) - SCALARS
+    coefficients = coefficients.contiguous()
+    orders = coefficients.shape[-1] - SCALARS
+    apart = coefficients.shape[-1] if coefficients.ndim == 2 else 0
     kept = tuple(tensor.contiguous() for tensor in history[: orders - 1])
     count = x[0].numel()
     _kernel[ceil_div(count, BLOCK), len(x)](
-        *latents, kept, coefficients, noise, keys, out, h, count, ORDERS=orders, BLOCK=BLOCK
+        *latents, kept, coefficients, noise, keys, out, h, count, apart, ORDERS=orders, BLOCK=BLOCK
     )
     return out, h
 
@@ -146,7 +155,11 @@ def _native_forward(
     return torch.from_numpy(new), torch.from_numpy(h)
 
 
-def _native_obstacle(x: Tensor, *_: Any) -> str:
+def _native_obstacle(
+    x: Tensor, m: Tensor, m_uncond: Tensor | None, history: list[Tensor], coefficients: Tensor, *_: Any
+) -> str:  # fmt: skip
+    if coefficients.ndim == 2:
+        return "each sample has a row of its own and the native kernel takes one for all"
     return "" if x.dtype == torch.float32 else f"x is {x.dtype} and the native kernel takes float32"
 
 
@@ -169,7 +182,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, new_grad: Tensor, h_grad: Tensor) -> tuple[Any, ...]:
     """All but the clip is linear, so sums of the two gradients suffice: torch.compile fuses them."""
     x, m, m_uncond, coefficients = ctx.saved_tensors
-    guidance, u_x, u_m, clip, a, c, s, *b = coefficients.unbind()
+    guidance, u_x, u_m, clip, a, c, s, *b = _columns(coefficients, x)
     g = wide(new_grad)
     guided = wide(m) if m_uncond is None else wide(m_uncond) + guidance * (wide(m) - wide(m_uncond))
     free = (u_x * wide(x) + u_m * guided).abs() <= clip
@@ -223,10 +236,15 @@ def _keys(noise: Tensor | NoiseKey | None, x: Tensor) -> Tensor | None:
 
 
 def _check_coefficients(row: Tensor, history: Sequence[Tensor], x: Tensor) -> None:
-    orders = row.numel() - SCALARS
-    if row.ndim != 1 or not 1 <= orders <= len(history) + 1 or row.dtype != wide(x).dtype:
+    orders = row.shape[-1] - SCALARS if row.ndim else 0
+    if (
+        row.shape[:-1] not in ((), x.shape[:1])
+        or not 1 <= orders <= len(history) + 1
+        or row.dtype != wide(x).dtype
+    ):
         raise ValueError(
-            f"row is {describe(row)}, expected {wide(x).dtype} [{SCALARS} + 1 .. {len(history) + 1}]"
+            f"row is {describe(row)}, expected {wide(x).dtype} [{SCALARS} + 1 .. {len(history) + 1}], "
+            f"alone or for each of {len(x)} samples"
         )
     if row.requires_grad:
         raise ValueError("row requires a gradient, expected numbers of a scheduler's table")

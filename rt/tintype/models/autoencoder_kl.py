@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tintype.models.config import from_json
+from tintype.models.fused import attention, group_norm
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
@@ -71,9 +71,9 @@ class MidAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = image_to_tokens(self.group_norm(x))
+        tokens = image_to_tokens(group_norm(self.group_norm, x))
         q, k, v = (split_heads(p(tokens), 1) for p in (self.to_q, self.to_k, self.to_v))
-        attended = merge_heads(F.scaled_dot_product_attention(q, k, v))
+        attended = merge_heads(attention(q, k, v))
         return x + tokens_to_image(self.to_out[0](attended), *x.shape[-2:])
 
 
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(group_norm(self.conv_norm_out, self.mid_block(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(self.conv_norm_out, x, silu=True))
 
 
 class AutoencoderKL(nn.Module):

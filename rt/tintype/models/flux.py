@@ -7,22 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tintype.models.config import from_json
+from tintype.models.fused import Rotation, gate_residual, layer_norm_modulate
 from tintype.models.joint import (
     Conditioning,
     FeedForward,
     JointAttention,
     Modulation,
     OutputNorm,
-    Rotation,
     fed_forward,
-    modulated_norm,
     rotation_at,
 )
 
@@ -73,12 +74,12 @@ class _Block(nn.Module):
         shift, scale, gate, *of_image = self.norm1(conditioning)
         text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
         seen, heard = self.attn(
-            modulated_norm(image, shift, scale),
-            modulated_norm(text, text_shift, text_scale),
+            layer_norm_modulate(image, shift, scale),
+            layer_norm_modulate(text, text_shift, text_scale),
             rotation,
         )
-        image = fed_forward(image + gate * seen, self.ff, *of_image)
-        text = fed_forward(text + text_gate * heard, self.ff_context, *of_text)
+        image = fed_forward(gate_residual(image, seen, gate), self.ff, *of_image)
+        text = fed_forward(gate_residual(text, heard, text_gate), self.ff_context, *of_text)
         return image, _within_half(text)
 
 
@@ -95,10 +96,11 @@ class _SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Tensor, rotation: Rotation) -> Tensor:
         shift, scale, gate = self.norm(conditioning)
-        normed = modulated_norm(x, shift, scale)
+        normed = layer_norm_modulate(x, shift, scale)
         attended, _ = self.attn(normed, rotation=rotation)
         widened = F.gelu(self.proj_mlp(normed), approximate="tanh")
-        return _within_half(x + gate * self.proj_out(torch.cat([attended, widened], dim=-1)))
+        update = self.proj_out(torch.cat([attended, widened], dim=-1))
+        return _within_half(gate_residual(x, update, gate))
 
 
 def _within_half(x: Tensor) -> Tensor:
@@ -136,8 +138,12 @@ class FluxTransformer(nn.Module):
         height, width = sample.shape[-2:]
         conditioning = self.time_text_embed(timestep, pooled, guidance)
         image, text = self.x_embedder(packed(sample)), self.context_embedder(encoder_hidden_states)
-        positions = _positions(text.shape[1], height // _PATCH, width // _PATCH, sample.device)
-        rotation = rotation_at(positions, self.config.axes_dims_rope)
+        grid = (text.shape[1], height // _PATCH, width // _PATCH)
+        # A picture's shape has one for all steps; a tracer's tensors must not be kept.
+        traced = type(sample) is not Tensor or torch.compiler.is_compiling()
+        rotation = (_rotation if traced else _kept_rotation)(
+            *grid, self.config.axes_dims_rope, sample.device
+        )
         for block in self.transformer_blocks:
             image, text = block(image, text, conditioning, rotation)
         both = torch.cat([text, image], dim=1)
@@ -161,11 +167,18 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def _positions(text: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """[text + rows*columns, 3]: text stands at the origin, picture tokens at (0, row, column)."""
-    places = torch.zeros(text + rows * columns, 3, device=device)
-    grid = torch.cartesian_prod(
-        torch.arange(rows, device=device), torch.arange(columns, device=device)
-    )
-    places[text:, 1:] = grid.view(-1, 2).float()
-    return places
+def _rotation(
+    text: int, rows: int, columns: int, widths: tuple[int, ...], device: torch.device
+) -> Rotation:
+    """Of text at the origin and picture tokens at (0, row, column).
+
+    NumPy makes it, so that a traced graph holds it as a constant, and no float64 that engines lack.
+    """
+    places = np.zeros((text + rows * columns, 3))
+    places[text:, 1:] = np.indices((rows, columns)).reshape(2, -1).T
+    with torch.inference_mode(False):  # what is kept must serve training, too
+        cos, sin = (torch.from_numpy(table) for table in rotation_at(places, widths))
+        return cos.to(device), sin.to(device)
+
+
+_kept_rotation = lru_cache(maxsize=8)(_rotation)

@@ -5,16 +5,23 @@ Esser et al. 2024 (arXiv 2403.03206), section 4; adaptive layer norm: Peebles an
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tintype.models.fused import (
+    Rotation,
+    attention,
+    gate_residual,
+    layer_norm_modulate,
+    qk_norm_rope,
+)
 from tintype.models.layers import TimestepEmbedding, merge_heads, sinusoidal_embedding, split_heads
 
 _EPS = 1e-6
 _TIME_FREQUENCIES = 256
-# cosines and sines [tokens, dim] that turn each pair of neighbouring channels by its token's position
-Rotation = tuple[Tensor, Tensor]
 
 
 class Conditioning(nn.Module):
@@ -53,16 +60,11 @@ class Modulation(nn.Module):
         return self.linear(F.silu(conditioning))[:, None].chunk(self.parts, dim=-1)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm of x [n, t, c] without weights of its own, then scaled and shifted by [n, 1, c]."""
-    return F.layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale) + shift
-
-
 def fed_forward(
     x: Tensor, feed_forward: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor
 ) -> Tensor:
     """x [n, t, c] plus what its feed-forward makes of it, gated."""
-    return x + gate * feed_forward(modulated_norm(x, shift, scale))
+    return gate_residual(x, feed_forward(layer_norm_modulate(x, shift, scale)), gate)
 
 
 class OutputNorm(nn.Module):
@@ -74,7 +76,7 @@ class OutputNorm(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         scale, shift = self.linear(F.silu(conditioning))[:, None].chunk(2, dim=-1)
-        return modulated_norm(x, shift, scale)
+        return layer_norm_modulate(x, shift, scale)
 
 
 class FeedForward(nn.Module):
@@ -115,6 +117,7 @@ class JointAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
+        self.text_output = text_output
         names = ["to_q", "to_k", "to_v"] + (["add_q_proj", "add_k_proj", "add_v_proj"] * text)
         for name in names:
             self.add_module(name, nn.Linear(width, width))
@@ -129,43 +132,65 @@ class JointAttention(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor | None = None, rotation: Rotation | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._heads(image, "to_{}", "norm_{}")
+        text_tokens = 0 if text is None else text.shape[1]
+        q, k, v = self._heads(image, "to_{}", "norm_{}", _part(rotation, text_tokens, None))
         if text is not None:
-            streams = zip(self._heads(text, "add_{}_proj", "norm_added_{}"), (q, k, v), strict=True)
-            q, k, v = (torch.cat(pair, dim=2) for pair in streams)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        out = merge_heads(F.scaled_dot_product_attention(q, k, v))
-        told = None
-        if text is not None:
-            told, out = out.split([text.shape[1], image.shape[1]], dim=1)
-            told = self.to_add_out(told) if hasattr(self, "to_add_out") else None
-        return (self.to_out[0](out) if hasattr(self, "to_out") else out), told
+            own = _part(rotation, 0, text_tokens)
+            asked, told, meant = self._heads(
+                text, "add_{}_proj", "norm_added_{}", own, asks=self.text_output
+            )
+            k, v = torch.cat([told, k], dim=2), torch.cat([meant, v], dim=2)
+            q = q if asked is None else torch.cat([asked, q], dim=2)
+        out = merge_heads(attention(q, k, v))
+        heard = None
+        if text is not None and self.text_output:
+            heard, out = out.split([text.shape[1], image.shape[1]], dim=1)
+            heard = self.to_add_out(heard)
+        return (self.to_out[0](out) if hasattr(self, "to_out") else out), heard
 
-    def _heads(self, x: Tensor, projection: str, norm: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [n, heads, tokens, dim], the first two normalised where the model does so."""
+    def _heads(
+        self,
+        x: Tensor,
+        projection: str,
+        norm: str,
+        rotation: Rotation | None,
+        *,
+        asks: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries, keys and values [n, heads, tokens, dim], the first two normalised and rotated where the model does.
+
+        Text that ends with this block does not ask: nobody would read what it heard.
+        """
         q, k, v = (
-            split_heads(getattr(self, projection.format(name))(x), self.heads) for name in "qkv"
+            split_heads(getattr(self, projection.format(name))(x), self.heads)
+            if asks or name != "q"
+            else None
+            for name in "qkv"
         )
-        if hasattr(self, "norm_q"):
-            q, k = getattr(self, norm.format("q"))(q), getattr(self, norm.format("k"))(k)
-        return q, k, v
+        if not hasattr(self, "norm_q"):
+            return q, k, v
+        norms = [getattr(self, norm.format(name)) for name in "qk"]
+        if rotation is not None:
+            return *qk_norm_rope(q, k, *norms, rotation), v
+        return (None if q is None else norms[0](q)), norms[1](k), v
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair of neighbouring channels of x [n, heads, tokens, dim] by its angle (arXiv 2104.09864)."""
+def _part(rotation: Rotation | None, begin: int, end: int | None) -> Rotation | None:
+    """The angles of tokens begin to end."""
+    if rotation is None:
+        return None
     cos, sin = rotation
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    return cos[begin:end], sin[begin:end]
 
 
-def rotation_at(positions: Tensor, widths: tuple[int, ...], theta: float = 10000.0) -> Rotation:
-    """Cosines and sines, float32, for positions [tokens, axes], of which axis a turns ``widths[a]`` channels."""
-    angles = []
-    for axis, width in enumerate(widths):
-        # float64: in float32 the angles of far tokens lose their last digits
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-        angles.append(positions[:, axis, None].double() * theta**-exponents)
-    doubled = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
-    return doubled.cos().float(), doubled.sin().float()
+def rotation_at(
+    positions: NDArray[np.float64], widths: tuple[int, ...], theta: float = 10000.0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines [tokens, dim] for positions [tokens, axes], of which axis a turns ``widths[a]`` channels."""
+    # float64: in float32 the angles of far tokens lose their last digits
+    angles = [
+        positions[:, axis, None] * theta ** -(np.arange(0, width, 2) / width)
+        for axis, width in enumerate(widths)
+    ]
+    doubled = np.concatenate(angles, axis=-1).repeat(2, axis=-1)
+    return np.cos(doubled).astype(np.float32), np.sin(doubled).astype(np.float32)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tintype.models.fused import group_norm
+
 
 class ResnetBlock(nn.Module):
     """norm-SiLU-conv twice around a skip; the time embedding [n, e], where there is one, is added between."""
@@ -24,10 +26,9 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        if time is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(group_norm(self.norm1, x, silu=True))
+        shift = None if time is None else self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(group_norm(self.norm2, h, silu=True, residual=shift))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 

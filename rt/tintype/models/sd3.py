@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tintype.errors import CheckpointError, RequestError
 from tintype.models.config import from_json
+from tintype.models.fused import gate_residual, layer_norm_modulate
 from tintype.models.joint import (
     Conditioning,
     FeedForward,
@@ -18,7 +19,6 @@ from tintype.models.joint import (
     Modulation,
     OutputNorm,
     fed_forward,
-    modulated_norm,
 )
 from tintype.models.layers import image_to_tokens, sinusoidal_embedding
 
@@ -112,18 +112,17 @@ class _Block(nn.Module):
             told = self.norm1_context(text, conditioning)
         else:
             text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
-            told = modulated_norm(text, text_shift, text_scale)
-        seen, heard = self.attn(modulated_norm(image, shift, scale), told)
-        attended = image + gate * seen
+            told = layer_norm_modulate(text, text_shift, text_scale)
+        seen, heard = self.attn(layer_norm_modulate(image, shift, scale), told)
+        attended = gate_residual(image, seen, gate)
         if hasattr(self, "attn2"):
             own_shift, own_scale, own_gate = of_feed_forward[3:]
-            attended = (
-                attended + own_gate * self.attn2(modulated_norm(image, own_shift, own_scale))[0]
-            )
+            own = self.attn2(layer_norm_modulate(image, own_shift, own_scale))[0]
+            attended = gate_residual(attended, own, own_gate)
         image = fed_forward(attended, self.ff, *of_feed_forward[:3])
         if self.last:
             return image, None
-        return image, fed_forward(text + text_gate * heard, self.ff_context, *of_text)
+        return image, fed_forward(gate_residual(text, heard, text_gate), self.ff_context, *of_text)
 
 
 class SD3Transformer(nn.Module):

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tintype.models.config import from_json
@@ -85,20 +87,25 @@ class _SelfAttention(nn.Module):
 
     def position_bias(self, tokens: int) -> Tensor:
         """[1, heads, tokens, tokens] by the bucket of each distance."""
-        places = torch.arange(tokens, device=self.relative_attention_bias.weight.device)
-        buckets = _buckets(places[None, :] - places[:, None], self.config)
-        return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        buckets = torch.from_numpy(position_buckets(tokens, self.config))
+        bias = self.relative_attention_bias(buckets.to(self.relative_attention_bias.weight.device))
+        return bias.permute(2, 0, 1)[None]
 
 
-def _buckets(distance: Tensor, config: T5Config) -> Tensor:
-    """Half of the buckets for each direction: exact for near tokens, then wider by powers (section 2.1)."""
+def position_buckets(tokens: int, config: T5Config) -> NDArray[np.int64]:
+    """[tokens, tokens], half of the buckets for each direction: exact for near tokens, then wider by powers.
+
+    Section 2.1, in float32 as it was trained. NumPy makes them, so that a traced graph holds them as a constant.
+    """
+    places = np.arange(tokens)
+    distance = places[None, :] - places[:, None]
     half = config.relative_attention_num_buckets // 2
     exact = half // 2
-    far = distance.abs()
-    ratio = torch.log(far.clamp(min=1).float() / exact)
-    share = ratio / math.log(config.relative_attention_max_distance / exact)
-    wide = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
-    return half * (distance > 0) + torch.where(far < exact, far, wide)
+    far = np.abs(distance)
+    ratio = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
+    share = ratio / np.float32(math.log(config.relative_attention_max_distance / exact))
+    wide = np.minimum(exact + (share * np.float32(half - exact)).astype(np.int64), half - 1)
+    return half * (distance > 0) + np.where(far < exact, far, wide)
 
 
 class _FeedForward(nn.Module):
@@ -168,8 +175,9 @@ class T5Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         blocks = self.encoder.block
-        bias = blocks[0].layer[0].SelfAttention.position_bias(input_ids.shape[1])
         x = self.shared(input_ids).float()
+        # The first block may not have come to the device yet.
+        bias = blocks[0].layer[0].SelfAttention.position_bias(input_ids.shape[1]).to(x.device)
         for block in blocks:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tintype.models.config import from_json, per_level
+from tintype.models.fused import attention, geglu, group_norm
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
@@ -90,7 +90,7 @@ class Attention(nn.Module):
             split_heads(t, self.heads)
             for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        return self.to_out[0](merge_heads(attention(q, k, v)))
 
 
 class GEGLU(nn.Module):
@@ -101,8 +101,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -153,7 +152,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        h = self.norm(x)
+        h = group_norm(self.norm, x)
         tokens = (
             self.proj_in(image_to_tokens(h)) if self.linear else image_to_tokens(self.proj_in(h))
         )
@@ -320,7 +319,7 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], time, encoder_hidden_states)
         for up in self.up_blocks:
             x = up(x, skips, time, encoder_hidden_states)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(self.conv_norm_out, x, silu=True))
 
     def _time_embedding(
         self,

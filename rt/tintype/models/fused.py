@@ -1,0 +1,129 @@
+"""What models compute by `tintype_kernels`' fused ops where those serve, and by PyTorch's own operators elsewhere.
+
+They serve on GPUs that Triton runs on; GroupNorm on CPUs, too, where no gradient is asked for. They do not while a
+model is exported: a graph of plain operators is what engines fuse for themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tintype_kernels.scheduler_step import Row, reference
+
+_EPS = 1e-6  # of the norms in flow transformers
+# cosines and sines [tokens, dim] that turn each pair of neighbouring channels by its token's position
+Rotation = tuple[Tensor, Tensor]
+
+
+def group_norm(
+    norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """The norm of x + residual, x [n, c, h, w] and residual [n, c, 1, 1], and its SiLU where asked for."""
+    if _serves(x) or _on_cpu(x):
+        from tintype_kernels.ops.group_norm_silu import group_norm_silu
+
+        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, residual)
+    normed = norm(x if residual is None else x + residual)
+    return F.silu(normed) if silu else normed
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of [n, heads, tokens, dim]: the library's, unless ours was measured to be faster."""
+    if _serves(q) and not (_differentiable(q, k, v) or torch.compiler.is_compiling()):
+        from tintype_kernels.ops import attention as op
+
+        if op.is_preferred(q, k, v):
+            return op.attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """[..., 2*c] -> [..., c]: the first half times the GELU of the second."""
+    if _serves(x):
+        from tintype_kernels.ops.geglu import geglu as op
+
+        return op(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm of x [n, t, c] without weights of its own, then scaled and shifted by [n, 1, c]."""
+    if _serves(x):
+        from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate as op
+
+        return op(x, shift, scale, _EPS)
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale) + shift
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y for x and y [n, t, c] and a gate [n, 1, c]."""
+    if _serves(x):
+        from tintype_kernels.ops.gate_residual import gate_residual as op
+
+        return op(x, y, gate)
+    return x + gate * y
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rotation: Rotation
+) -> tuple[Tensor, Tensor]:
+    """q and k [n, heads, t, dim], normed, then turned pair by pair of channels by their tokens' angles [t, dim]."""
+    if _serves(q):
+        from tintype_kernels.ops.qk_norm_rope import qk_norm_rope as op
+
+        return op(q, k, q_norm.weight, k_norm.weight, *rotation, _EPS)
+    return rotated(q_norm(q), rotation), rotated(k_norm(k), rotation)
+
+
+def scheduler_step(
+    x: Tensor,
+    m: Tensor,
+    m_uncond: Tensor | None,
+    history: Sequence[Tensor],
+    coefficients: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The next x and this step's h, of tensors [n, c, h, w] and each sample's `Row.coefficients()`, [n, 7 + orders]."""
+    if _serves(x):
+        from tintype_kernels.ops.scheduler_step import scheduler_step as op
+
+        return op(x, m, m_uncond, history, coefficients, noise)
+    guidance, u_x, u_m, clip, a, c, s, *b = coefficients[..., None, None, None].unbind(1)
+    # A row holds numbers where it is the same for all samples; here they are tensors.
+    row: Any = Row(u_x, u_m, a, c, tuple(b), s, clip, guidance)  # type: ignore[arg-type]
+    return reference(x, m, m_uncond, history, row, noise)
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair of neighbouring channels of x [n, heads, tokens, dim] by its angle (arXiv 2104.09864)."""
+    cos, sin = rotation
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+def _serves(x: Tensor) -> bool:
+    return x.is_cuda and _has_triton() and not torch.compiler.is_exporting()
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether the native kernel takes x; tracers see PyTorch's own operators."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32
+    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,147 @@
+"""Models compute the same by the fused ops as by PyTorch's operators, and are exported in the latter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tintype.models import fused
+from tintype.models.flux import FluxConfig, FluxTransformer
+from tintype.models.sd3 import SD3Config, SD3Transformer
+from tintype.models.unet import UNet, UNetConfig
+from tintype_kernels.torch_op import TorchOp
+from tolerances import relative_error
+
+_TEXT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+_POOLED = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))
+_TIMES = torch.tensor([10.0, 900.0])
+
+
+def _latents(channels):
+    return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def _unet():
+    unet = UNet(
+        UNetConfig(
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=24,
+            attention_head_dim=(2, 4),
+        )
+    )
+    return unet, (_latents(4), _TIMES, _TEXT)
+
+
+def _sd3():
+    config = SD3Config(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        pos_embed_max_size=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return SD3Transformer(config), (_latents(16), _TIMES, _TEXT, _POOLED)
+
+
+def _flux():
+    config = FluxConfig(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 6, 6),
+        in_channels=16,
+    )
+    return FluxTransformer(config), (_latents(4), _TIMES, _TEXT, _POOLED)
+
+
+@pytest.fixture(params=[_unet, _sd3, _flux], ids=lambda make: make.__name__[1:])
+def model(request):
+    torch.manual_seed(0)
+    module, inputs = request.param()
+    with torch.no_grad():  # gates and weights of norms must count
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return module.eval(), inputs
+
+
+@pytest.fixture
+def ops_called(monkeypatch):
+    """The names of the ops that a model calls, with GPUs' choice of them made on this machine."""
+    called = []
+    monkeypatch.setattr(fused, "_serves", lambda x: not torch.compiler.is_exporting())
+    monkeypatch.setattr("tintype_kernels.ops.attention.is_preferred", lambda q, k, v: True)
+    call = TorchOp.__call__
+
+    def noted(self, *arguments):
+        called.append(self.name)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(TorchOp, "__call__", noted)
+    return called
+
+
+def test_the_fused_ops_give_what_pytorch_gives_and_its_gradients(model, ops_called, monkeypatch):
+    module, inputs = model
+    latents = inputs[0].clone().requires_grad_()
+    fused_output = module(latents, *inputs[1:])
+    fused_output.square().sum().backward()
+    gradient = latents.grad.clone()
+    expected_ops = {
+        "UNet": {"group_norm_silu", "geglu"},
+        "SD3Transformer": {"layer_norm_modulate", "gate_residual"},
+        "FluxTransformer": {"layer_norm_modulate", "gate_residual", "qk_norm_rope"},
+    }[type(module).__name__]
+    assert expected_ops <= set(ops_called)
+
+    monkeypatch.undo()
+    latents.grad = None
+    output = module(latents, *inputs[1:])
+    output.square().sum().backward()
+    assert relative_error(fused_output.detach(), output.detach()) < 1e-5
+    assert relative_error(gradient, latents.grad) < 1e-4
+
+
+def test_attention_without_gradients_goes_through_the_op_where_it_is_preferred(model, ops_called):
+    module, inputs = model
+    with torch.inference_mode():
+        module(*inputs)
+    assert "attention" in ops_called
+
+
+def test_an_exported_model_holds_no_op_of_ours(model, ops_called):
+    module, inputs = model
+    with torch.no_grad():
+        program = torch.export.export(module, inputs)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert not [target for target in targets if target.startswith("tintype")]
+
+
+def test_on_cpu_group_norm_is_native_without_gradients(model):
+    module, inputs = model
+    with torch.inference_mode():
+        native = module(*inputs)
+    output = module(*(t.clone().requires_grad_(t.is_floating_point()) for t in inputs))
+    assert relative_error(native.clone(), output.detach()) < 1e-5
+
+
+def test_a_step_of_samples_at_different_rows_is_the_same_fused(ops_called, monkeypatch):
+    x, m, uncond, first, second, noise = torch.randn(6, 2, 4, 3, 3)
+    rows = torch.rand(2, 10)
+    given = (x, m, uncond, (first, second), rows, noise)
+    made = fused.scheduler_step(*given)
+    assert ops_called == ["scheduler_step"]
+    monkeypatch.undo()
+    for one, other in zip(made, fused.scheduler_step(*given), strict=True):
+        assert relative_error(one, other) < 1e-6
