@@ -11,6 +11,7 @@ from tintype.training.objectives import (
     NoiseSchedule,
     contrastive_loss,
     kl_to_standard_normal,
+    noisy_and_flow,
     noisy_and_velocity,
 )
 
@@ -56,3 +57,13 @@ def test_kl_equals_torch_distributions():
     ).mean()
     torch.testing.assert_close(kl_to_standard_normal(mean, log_variance), expected)
     assert np.isclose(float(kl_to_standard_normal(torch.zeros(2), torch.zeros(2))), 0.0)
+
+
+def test_a_straight_path_runs_from_the_picture_to_noise_at_constant_velocity():
+    x0, noise = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+    begin, velocity = noisy_and_flow(x0, noise, torch.zeros(3, dtype=torch.float64))
+    end, same = noisy_and_flow(x0, noise, torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(begin, x0)
+    torch.testing.assert_close(end, noise)
+    torch.testing.assert_close(begin + velocity, end)
+    assert torch.equal(velocity, same)

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from tintype import load
 from tintype.models.autoencoder_kl import AutoencoderKL
+from tintype.models.clip import CLIPTextEncoder
 from tintype.training.loop import FitConfig
 from tintype.training.postcard import stages
 from tintype.training.postcard.autoencoder import CONFIG, encode_all, whiten
 from tintype.training.postcard.batches import LookAlikes
+from tintype.training.postcard.clip import text_config
 from tintype.training.postcard.dataset import sample_scenes
+from tintype.training.postcard.flow import flow_config, new_transformer, shortened
 from tintype.training.postcard.judge import Judge, accuracy
-from tintype.training.postcard.recipe import RECIPES
+from tintype.training.postcard.recipe import FITTED, RECIPES
 from tintype.training.postcard.scene import ATTRIBUTES
 from tintype.training.postcard.store import open_store, write_store
 
@@ -64,7 +68,9 @@ def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
         pictures=40,
         encoded=16,
         channels=(32, 64),
-        **dict.fromkeys(("clip", "judge", "autoencoder", "denoiser"), _FIT),
+        width=64,
+        blocks=2,
+        **dict.fromkeys(FITTED, _FIT),
     )
     monkeypatch.setattr(stages, "_FRESH", 10)
     shop = stages.Workshop(tmp_path / "data", tmp_path / "out", "small", recipe)
@@ -73,7 +79,8 @@ def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
         stages, "_fresh", lambda count: stages.PostcardStore(*stages.render_many(10, 3, workers=1))
     )
     monkeypatch.setattr(stages, "_PROMPTS", 2)
-    monkeypatch.setattr(stages, "_STEPS", 2)
+    few = {kind: {**asked, "num_inference_steps": 2} for kind, asked in stages._ASKED.items()}
+    monkeypatch.setattr(stages, "_ASKED", few)
     stages.run("postcard", shop, lambda line: None)
     record = json.loads((shop.model / "training.json").read_text())
     assert math.isfinite(record["autoencoder"]["psnr_db"])
@@ -86,6 +93,33 @@ def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
     card = (further.model / "README.md").read_text()
     assert card.count("\n| denoiser |") == 2
     assert card.count("\n| clip |") == 1
+
+    beside = replace(shop, out=tmp_path / "flow", start=shop.model)
+    stages.run("flow", beside, lambda line: None)
+    stages.run("accuracy", beside, lambda line: None)
+    card = (beside.model / "README.md").read_text()
+    assert card.startswith("# Postcard-flow")
+    assert "2 blocks 64 wide" in card
+    encoded = {"prompt": "a red lighthouse", "seed": 1, "num_inference_steps": 2}
+    assert load(beside.model)(**encoded, output_type="np").images.shape == (1, 128, 128, 3)
+
+
+def test_a_shortened_text_encoder_says_the_same_of_a_caption():
+    torch.manual_seed(0)
+    whole = CLIPTextEncoder(text_config(300)).eval()
+    ids = torch.randint(1, 298, (2, 77))
+    ids[:, 40:] = 299
+    with torch.no_grad():
+        expected, actual = whole(ids), shortened(whole)(ids[:, :48])
+    torch.testing.assert_close(actual.penultimate, expected.penultimate[:, :48])
+    torch.testing.assert_close(actual.pooled, expected.pooled)
+
+
+def test_an_untrained_flow_hands_its_input_on():
+    transformer = new_transformer(flow_config(32, 64, 2), seed=0)
+    latents, text, pooled = torch.randn(1, 4, 16, 16), torch.randn(1, 48, 32), torch.randn(1, 32)
+    with torch.no_grad():
+        assert not transformer(latents, torch.tensor([500.0]), text, pooled).any()
 
 
 def test_look_alikes_come_in_groups_that_agree():

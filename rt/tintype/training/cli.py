@@ -11,14 +11,16 @@ import torch
 
 from tintype.errors import RequestError
 
-_STAGES = ("data", "judge", "clip", "autoencoder", "denoiser", "accuracy", "postcard")
+_STAGES = ("data", "judge", "clip", "autoencoder", "denoiser", "accuracy", "flow", "postcard")
+
+_STARTING = ("denoiser", "flow")
 
 
 def register(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser("train", help="train the models in the box")
     parser.add_argument(
-        "stage", choices=_STAGES, metavar="STAGE", help=f"{', '.join(_STAGES)} (all of them)"
+        "stage", choices=_STAGES, metavar="STAGE", help=f"{', '.join(_STAGES)} (all before flow)"
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the rendered pictures")
     parser.add_argument(
@@ -27,7 +29,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--recipe", default="small", help="small (two CPU cores) or large (a GPU)")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
     parser.add_argument(
-        "--start", metavar="MODEL", help="denoiser: train this checkpoint's further"
+        "--start",
+        metavar="MODEL",
+        help="denoiser: train this checkpoint's further; flow: use its other parts (postcard's)",
     )
     parser.add_argument(
         "--steps", type=int, help="optimiser steps of the stage, instead of the recipe's"
@@ -51,10 +55,8 @@ def run(options: argparse.Namespace) -> None:
         raise RequestError(
             f"--device {options.device}: torch sees no CUDA device; use --device cpu"
         )
-    if options.start and options.stage != "denoiser":
-        raise RequestError(
-            f"--start trains a denoiser further; it does not go with {options.stage}"
-        )
+    if options.start and options.stage not in _STARTING:
+        raise RequestError(f"--start goes with {' and '.join(_STARTING)}, not {options.stage}")
     recipe = RECIPES[options.recipe].on(options.device)
     if options.steps is not None:
         if options.stage not in FITTED or options.steps < 1:

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from tintype.models.autoencoder_kl import MidAttention
+from tintype.models.joint import Modulation, OutputNorm
 from tintype.models.layers import ResnetBlock
+from tintype.models.sd3 import SD3Transformer
 from tintype.models.unet import SpatialTransformer
 
 
@@ -23,6 +25,18 @@ def silence_residual_branches(model: nn.Module) -> None:
             _zero(module.proj_out)
         elif isinstance(module, MidAttention):
             _zero(module.to_out[0])
+
+
+@torch.no_grad()
+def silence_modulation(transformer: SD3Transformer) -> None:
+    """Zero every gate, shift and scale, and the output: blocks start as the identity.
+
+    "adaLN-Zero" of Peebles and Xie 2023 (arXiv 2212.09748, section 3.2).
+    """
+    for module in transformer.modules():
+        if isinstance(module, (Modulation, OutputNorm)):
+            _zero(module.linear)
+    _zero(transformer.proj_out)
 
 
 def _zero(layer: nn.Module) -> None:

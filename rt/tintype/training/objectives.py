@@ -40,6 +40,15 @@ def noisy_and_velocity(x0: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> tupl
     return signal * x0 + sigma * noise, signal * noise - sigma * x0
 
 
+def noisy_and_flow(x0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t on the straight path from x0 to noise, times [n] in 0..1, and its velocity.
+
+    Liu et al. 2022 (arXiv 2209.03003).
+    """
+    t = time[:, None, None, None]
+    return x0 + t * (noise - x0), noise - x0
+
+
 def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy over the batch; images and texts [n, d], paired by row."""
     logits = log_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tintype.models.autoencoder_kl import AutoencoderKL
 from tintype.models.clip import CLIPTextEncoder
+from tintype.models.sd3 import SD3Transformer
 from tintype.models.unet import UNet
 
 from ..save import published_config, save_component, write_json
-from .denoiser import SCHEDULER_CONFIG
+from . import denoiser, flow
 
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_INDEX = {
     "_diffusers_version": "0.31.0",
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+_UNET_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    **_INDEX,
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", SCHEDULER_CONFIG["_class_name"]],
+    "scheduler": ["diffusers", denoiser.SCHEDULER_CONFIG["_class_name"]],
     "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
+}
+# Encoders that an index names as null are stood in for by zeros; those of SD3 that this one does not name never were.
+_FLOW_INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    **_INDEX,
+    "scheduler": ["diffusers", flow.SCHEDULER_CONFIG["_class_name"]],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
 }
 
 
 def save_text_encoder(encoder: CLIPTextEncoder, folder: Path) -> None:
-    """Without the contrastive projection, which no pipeline uses."""
+    """Without the contrastive projection, which the UNet does not use."""
+    bare = CLIPTextEncoder(encoder.config)
+    bare.load_state_dict({n: t for n, t in encoder.state_dict().items() if n in bare.state_dict()})
+    _save_clip(bare, "CLIPTextModel", folder)
+
+
+def _save_clip(encoder: CLIPTextEncoder, name: str, folder: Path) -> None:
     end = encoder.config.eos_token_id
     config = published_config(
         encoder.config,
-        "CLIPTextModel",
-        architectures=["CLIPTextModel"],
+        name,
+        architectures=[name],
         model_type="clip_text_model",
         bos_token_id=end - 1,
         pad_token_id=end,
     )
-    bare = CLIPTextEncoder(encoder.config)
-    bare.load_state_dict({n: t for n, t in encoder.state_dict().items() if n in bare.state_dict()})
-    save_component(bare, config, folder, "model.safetensors")
+    save_component(encoder, config, folder, "model.safetensors")
 
 
 def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
@@ -51,15 +72,35 @@ def save_autoencoder(vae: AutoencoderKL, folder: Path) -> None:
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
     )
-    save_component(vae, config, folder, "diffusion_pytorch_model.safetensors")
+    save_component(vae, config, folder, _WEIGHTS)
 
 
 def save_denoiser(unet: UNet, folder: Path) -> None:
     config = published_config(unet.config, "UNet2DConditionModel", act_fn="silu")
-    save_component(unet, config, folder, "diffusion_pytorch_model.safetensors")
+    save_component(unet, config, folder, _WEIGHTS)
 
 
 def save_index(folder: Path) -> None:
     """model_index.json and the scheduler's configuration."""
-    write_json(folder / "model_index.json", _MODEL_INDEX)
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
+    _save_index(folder, _UNET_INDEX, denoiser.SCHEDULER_CONFIG)
+
+
+def _save_index(folder: Path, index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def begin_flow(start: Path, encoder: CLIPTextEncoder, folder: Path) -> None:
+    """A flow checkpoint but for its transformer: autoencoder, judge and tokenizer of ``start``, and this encoder."""
+    for name in ("vae", "judge", "tokenizer"):
+        shutil.copytree(start / name, folder / name, dirs_exist_ok=True)
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    length = {"model_max_length": encoder.config.max_position_embeddings}
+    write_json(settings, json.loads(settings.read_text(encoding="utf-8")) | length)
+    _save_clip(encoder, "CLIPTextModelWithProjection", folder / "text_encoder")
+    _save_index(folder, _FLOW_INDEX, flow.SCHEDULER_CONFIG)
+
+
+def save_transformer(transformer: SD3Transformer, folder: Path) -> None:
+    config = published_config(transformer.config, "SD3Transformer2DModel")
+    save_component(transformer, config, folder, _WEIGHTS)

@@ -10,7 +10,7 @@ from typing import Any
 from .recipe import FITTED, Recipe
 from .scene import ATTRIBUTES, Scene
 
-_HEAD = """# Postcard
+_HEAD = """# {title}
 
 A small text-to-image model: 128x128 illustrated landscapes from a sentence. It was trained from nothing by this
 project's own code on pictures that this project draws (`tintype.training.postcard`), so weights, data and code are
@@ -26,19 +26,38 @@ denoiser saw the first {encoded:,}. Combinations of subject, colour and place fo
 never occur in training: they are the held-out combinations below.
 
 ## Recipe
-
-The judge is a classifier of renders. The text encoder is fitted to its features, locked, by contrast among
-look-alikes; then it is frozen. UNet {channels}, {layers} layer(s) a level, velocity prediction on Stable Diffusion's
-noise schedule, captions emptied one time in ten. Weights are stored in half precision. `training.json` holds every
-setting and figure of this page.
+{recipe}
+Captions are emptied one time in ten. Weights are stored in half precision. `training.json` holds every setting and
+figure of this page.
 
 """
-_RETRAIN = """
+_RECIPES = {
+    "denoiser": """
+The judge is a classifier of renders. The text encoder is fitted to its features, locked, by contrast among look-alikes;
+then it is frozen. UNet {channels}, {layers} layer(s) a level, velocity prediction on Stable Diffusion's noise schedule.
+""",
+    "flow": """
+Autoencoder, text encoder and judge are postcard's. A joint text-image transformer in the form of Stable Diffusion 3,
+{blocks} blocks {width} wide, on 2x2 patches of the latents, predicts the velocity of straight paths from picture to
+noise; every time counts the same. Its text is the encoder's last layer but one, and the end token's last state.
+""",
+}
+_RETRAIN = {
+    "denoiser": """
 Once more, from nothing:
 
     tintype train postcard --data DATA --out OUT --recipe {name}
     tintype export OUT/model -o BUNDLE --steps 20 --guidance {guidance:g}
-"""
+""",
+    "flow": """
+Once more, beside a finished postcard:
+
+    tintype train data --data DATA --out OUT --recipe {name}
+    tintype train flow --data DATA --out OUT --recipe {name}
+    tintype train accuracy --data DATA --out OUT --recipe {name}
+    tintype export OUT/model -o BUNDLE --steps {steps} --guidance {guidance:g}
+""",
+}
 _FIGURES = """
 ## Figures
 
@@ -56,15 +75,24 @@ among all {among} by CLIP's measure.
 def write_card(path: Path, recipe: Recipe, record: Mapping[str, Any]) -> None:
     """Write the card to ``path`` from what the training stages recorded."""
     accuracy, fits = record["prompt_accuracy"], record["fits"]
-    name = fits["denoiser"][-1]["recipe"]
+    kind = "flow" if "flow" in fits else "denoiser"
     text = _HEAD.format(
+        title="Postcard-flow" if kind == "flow" else "Postcard",
         attributes="; ".join(f"{a} ({', '.join(map(str, v))})" for a, v in ATTRIBUTES.items()),
         pictures=recipe.pictures,
         encoded=recipe.encoded,
-        channels="/".join(map(str, recipe.channels)),
-        layers=recipe.layers,
+        recipe=_RECIPES[kind].format(
+            channels="/".join(map(str, recipe.channels)),
+            layers=recipe.layers,
+            blocks=recipe.blocks,
+            width=recipe.width,
+        ),
     )
-    text += _fits(fits) + _RETRAIN.format(name=name, guidance=accuracy["guidance_scale"])
+    text += _fits(fits) + _RETRAIN[kind].format(
+        name=fits[kind][-1]["recipe"],
+        guidance=accuracy["guidance_scale"],
+        steps=accuracy["num_inference_steps"],
+    )
     path.write_text(text + _figures(record), encoding="utf-8")
 
 
@@ -74,7 +102,7 @@ def _fits(fits: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name in FITTED:
-        for fit in fits[name]:
+        for fit in fits.get(name, []):
             cells = (name, fit["seed"], fit["steps"], fit["batch_size"], fit["learning_rate"])
             muon = fit["matrix_rate"] or "-"
             row = " | ".join(map(str, (*cells, muon, round(fit["seconds"]))))

@@ -27,7 +27,7 @@ from .scene import Scene
 from .store import PostcardStore
 
 # No caption is longer, and a causal encoder's states do not depend on the padding that follows.
-_LONGEST_CAPTION = 48
+LONGEST_CAPTION = 48
 _WIDTH = 192
 
 
@@ -108,7 +108,7 @@ def train_clip(
         ids = caption_ids([scenes[r] for r in rows], tokenizer, config.seed, step)
         with mixed_precision(config.device):
             seen, told = pair.embed(
-                features[rows].to(config.device), ids[:, :_LONGEST_CAPTION].to(config.device)
+                features[rows].to(config.device), ids[:, :LONGEST_CAPTION].to(config.device)
             )
         loss = contrastive_loss(seen.float(), told.float(), pair.log_scale.clamp(max=np.log(100.0)))
         return {"loss": loss, "scale": pair.log_scale.exp()}

@@ -53,7 +53,7 @@ SCHEDULER_CONFIG = {
     "timestep_spacing": "trailing",
     "use_karras_sigmas": False,
 }
-_CAPTION_DROPOUT = 0.1
+CAPTION_DROPOUT = 0.1
 
 
 def new_denoiser(channels: tuple[int, ...], layers: int, seed: int) -> UNet:
@@ -83,8 +83,8 @@ def train_denoiser(
     def batch_loss(step: int) -> dict[str, Tensor]:
         rows, random = sampler.rows(step), generator(fitting.seed, step)
         ids = caption_ids([scenes[r] for r in rows], tokenizer, fitting.seed, step)
-        dropped = torch.rand(len(rows), 1, generator=random) < _CAPTION_DROPOUT
-        times = _even_times(len(rows), random)
+        dropped = torch.rand(len(rows), 1, generator=random) < CAPTION_DROPOUT
+        times = (even_times(len(rows), random) * SCHEDULE.steps).long()
         x0, alpha = latents[rows], alphas[times]
         noisy, velocity = noisy_and_velocity(x0, torch.randn(x0.shape, generator=random), alpha)
         with mixed_precision(fitting.device):
@@ -101,7 +101,6 @@ def train_denoiser(
     fit(unet, batch_loss, fitting, folder)
 
 
-def _even_times(count: int, random: torch.Generator) -> Tensor:
-    """One time from each of ``count`` equal slices of the schedule, shuffled: an even spread steadies the gradient."""
-    spread = (torch.randperm(count, generator=random) + torch.rand(count, generator=random)) / count
-    return (spread * SCHEDULE.steps).long()
+def even_times(count: int, random: torch.Generator) -> Tensor:
+    """One time in 0..1 from each of ``count`` equal slices, shuffled: an even spread steadies the gradient."""
+    return (torch.randperm(count, generator=random) + torch.rand(count, generator=random)) / count

@@ -10,17 +10,20 @@ from ..loop import FitConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """``pictures`` rendered for training, the first ``encoded`` of them as latents for the denoiser; the UNet's
-    channels and layers a level; how each model is fitted."""
+    """``pictures`` rendered for training, the first ``encoded`` of them as latents for the denoisers; the UNet's
+    channels and layers a level; the flow transformer's width and blocks; how each model is fitted."""
 
     pictures: int
     encoded: int
     channels: tuple[int, ...]
     layers: int
+    width: int
+    blocks: int
     judge: FitConfig
     clip: FitConfig
     autoencoder: FitConfig
     denoiser: FitConfig
+    flow: FitConfig
 
     def on(self, device: str) -> Recipe:
         """The same recipe on another device."""
@@ -32,7 +35,7 @@ class Recipe:
         return replace(self, **{stage: replace(getattr(self, stage), steps=steps)})
 
 
-FITTED = ("judge", "clip", "autoencoder", "denoiser")
+FITTED = ("judge", "clip", "autoencoder", "denoiser", "flow")
 
 RECIPES: Mapping[str, Recipe] = {
     # About an hour and a half on two CPU cores.
@@ -41,10 +44,13 @@ RECIPES: Mapping[str, Recipe] = {
         encoded=30_000,
         channels=(64, 128, 192),
         layers=1,
+        width=192,
+        blocks=6,
         judge=FitConfig(2000, 64, 2e-3, cooldown=0.3, ema_decay=0.999),
         clip=FitConfig(2000, 192, 1e-3, weight_decay=0.1, cooldown=0.2, ema_decay=0.99),
         autoencoder=FitConfig(3000, 32, 1e-3, matrix_rate=4e-3, warmup=30, ema_decay=0.995),
         denoiser=FitConfig(2000, 64, 1e-3, matrix_rate=4e-3),
+        flow=FitConfig(2400, 64, 1e-3, matrix_rate=1e-2, cooldown=0.3),
     ),
     # For a GPU: wider, longer, on more pictures; weights still fit the box.
     "large": Recipe(
@@ -52,9 +58,12 @@ RECIPES: Mapping[str, Recipe] = {
         encoded=200_000,
         channels=(96, 160, 224),
         layers=1,
+        width=256,
+        blocks=6,
         judge=FitConfig(6000, 128, 2e-3, ema_decay=0.999),
         clip=FitConfig(8000, 512, 1e-3, weight_decay=0.1, ema_decay=0.999),
         autoencoder=FitConfig(30_000, 64, 1e-3, matrix_rate=4e-3, ema_decay=0.999),
         denoiser=FitConfig(60_000, 256, 1e-3, matrix_rate=4e-3, ema_decay=0.9995),
+        flow=FitConfig(60_000, 256, 1e-3, matrix_rate=1e-2, ema_decay=0.9995),
     ),
 }

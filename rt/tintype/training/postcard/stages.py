@@ -1,7 +1,7 @@
 """The stages of training the models in the box, each reading what the ones before it wrote.
 
 DATA/                    pictures.npy, data.json                  data
-OUT/model/               the checkpoint, diffusers layout         clip, autoencoder, denoiser
+OUT/model/               the checkpoint, diffusers layout         clip, autoencoder, denoiser; or flow
 OUT/model/judge/         the judge's weights                      judge
 OUT/model/training.json  how each model was fitted, what it does  every fitted stage, accuracy
 OUT/model/README.md      the same for people                      accuracy
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tintype.checkpoints import open_checkpoint
 from tintype.errors import TintypeError
-from tintype.loading import load
+from tintype.loading import BOX, load
 from tintype.models.autoencoder_kl import AutoencoderKL
 from tintype.tokenizer import ClipTokenizer
 
@@ -36,13 +36,20 @@ from .clip import judged_features, make_tokenizer, retrieval_accuracy, train_cli
 from .dataset import render_many
 from .denoiser import new_denoiser, train_denoiser
 from .evaluate import prompt_accuracy, prompts
+from .flow import flow_config, new_transformer, shortened, train_flow
 from .judge import accuracy, load_judge, save_judge, train_judge
 from .recipe import Recipe
 from .store import PostcardStore, open_store, write_store
 
 _RECORD = "training.json"
 _DATA_SEED, _FRESH_SEED, _PROMPT_SEED = 1, 3, 5
-_FRESH, _PROMPTS, _STEPS, _GUIDANCE = 2000, 150, 20, 4.0
+_FRESH, _PROMPTS = 2000, 150
+_OF_PARTS = ("judge", "clip", "autoencoder")  # figures that a flow takes over with the parts
+# What each family's pictures are asked for with when they are judged.
+_ASKED: Mapping[str, Mapping[str, Any]] = {
+    "latent_unet": {"num_inference_steps": 20, "scheduler": "dpmpp_2m", "guidance_scale": 4.0},
+    "sd3": {"num_inference_steps": 12, "scheduler": "flow_euler", "guidance_scale": 3.0},
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,9 @@ class Workshop:
     out: Path
     recipe_name: str
     recipe: Recipe
-    start: Path | None = None  # a finished checkpoint whose denoiser is trained further
+    start: Path | None = (
+        None  # a finished checkpoint: its denoiser goes on, or its other parts serve a flow
+    )
 
     @property
     def model(self) -> Path:
@@ -174,6 +183,32 @@ def denoiser(shop: Workshop) -> None:
     shop.record_fit("denoiser")
 
 
+def flow(shop: Workshop) -> None:
+    """The flow transformer, on the latents and the text encoder of a finished postcard, in a checkpoint of its own."""
+    store, recipe, start = shop.store(), shop.recipe, shop.start or BOX / "postcard"
+    parts = open_checkpoint(start)
+    vae: Any = parts.component("vae")
+    told: Any = parts.component("text_encoder")
+    encoder = shortened(told)
+    assemble.begin_flow(start, encoder, shop.model)
+    for name, figures in _read_record(start).items():
+        if name in _OF_PARTS:
+            shop.record(name, figures)
+    latents = encode_all(vae.to(recipe.flow.device), store, recipe.encoded)
+    config = flow_config(encoder.config.hidden_size, recipe.width, recipe.blocks)
+    transformer = new_transformer(config, recipe.flow.seed)
+    train_flow(
+        transformer,
+        (latents, store.scenes[: recipe.encoded]),
+        encoder,
+        ClipTokenizer(shop.model / "tokenizer"),
+        recipe.flow,
+        shop.work("flow"),
+    )
+    assemble.save_transformer(transformer.cpu(), shop.model / "transformer")
+    shop.record_fit("flow")
+
+
 def measure(shop: Workshop) -> None:
     """Prompt accuracy of the finished model on seen and on held-out combinations."""
     reader, pipeline = load_judge(shop.model / "judge"), load(shop.model)
@@ -181,7 +216,7 @@ def measure(shop: Workshop) -> None:
         name: prompts(_PROMPTS, _PROMPT_SEED, held_out=name == "held_out")
         for name in ("seen", "held_out")
     }
-    settings = {"num_inference_steps": _STEPS, "scheduler": "dpmpp_2m", "guidance_scale": _GUIDANCE}
+    settings = _ASKED[pipeline.family.kind]
     read = {name: prompt_accuracy(pipeline, reader, p, **settings) for name, p in asked.items()}
     shop.record("prompt_accuracy", {**settings, "prompts": _PROMPTS, **read})
     write_card(shop.model / "README.md", shop.recipe, shop.recorded())
@@ -199,12 +234,14 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "autoencoder": autoencoder,
     "denoiser": denoiser,
     "accuracy": measure,
+    "flow": flow,
 }
+_POSTCARD = ("data", "judge", "clip", "autoencoder", "denoiser", "accuracy")
 
 
 def run(stage: str, shop: Workshop, say: Callable[[str], None]) -> None:
     """Run one stage, or with "postcard" all that are not done, in order."""
-    for name in STAGES if stage == "postcard" else [stage]:
+    for name in _POSTCARD if stage == "postcard" else [stage]:
         done = shop.out / "work" / f"{name}.done"
         if stage == "postcard" and done.exists():
             continue
