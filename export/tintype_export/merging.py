@@ -1,0 +1,43 @@
+"""Low-rank updates merged into a checkpoint's weights before anything is exported of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tintype.checkpoints import Checkpoint
+from tintype.checkpoints.checkpoint import Component
+from tintype.checkpoints.files import Weights
+from tintype.checkpoints.lora import Lora, touched
+from tintype.checkpoints.weights import parameters
+
+
+def merged(checkpoint: Checkpoint, loras: Sequence[Lora], folder: Path) -> Checkpoint:
+    """The checkpoint with the components that the updates change written anew below ``folder``, in their stored type.
+
+    Raises CheckpointError where an update does not fit.
+    """
+    updated = checkpoint.with_loras(loras)
+    components = dict(checkpoint.components)
+    for name in touched(checkpoint, loras):
+        components[name] = _written(updated, name, folder / name)
+    return replace(checkpoint, components=components)
+
+
+def _written(updated: Checkpoint, name: str, folder: Path) -> Component:
+    part = updated.components[name]
+    module = updated.component(name, _stored_type(part.weights))
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    folder.mkdir(parents=True)
+    path = folder / f"{stem}.safetensors"
+    save_file({key: t.contiguous() for key, t in module.state_dict().items()}, path)
+    return replace(part, weights=Weights((path,)))
+
+
+def _stored_type(weights: Weights) -> torch.dtype:
+    _, first = next(parameters(weights, weights.files[0]))
+    return first.dtype

@@ -1,0 +1,217 @@
+"""Low-rank updates of a checkpoint's layers (Hu et al. 2021, arXiv 2106.09685): kohya's, diffusers' and PEFT's files.
+
+A layer's weight W becomes W + scale * alpha / rank * up @ down. Every key of a file must find its layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tintype.checkpoints.files import check_pickle, read_header
+from tintype.checkpoints.original_keys import unet_key
+from tintype.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tintype.checkpoints.checkpoint import Checkpoint
+
+_KOHYA = re.compile(
+    r"lora_(unet|transformer|te1|te2|te)_(.+?)\.(lora_down\.weight|lora_up\.weight|alpha)"
+)
+_DIFFUSERS = re.compile(
+    r"(?:(unet|transformer|text_encoder(?:_2)?)\.)?(.+?)"
+    r"\.(?:processor\.)?(?:(to_[qkv]|to_out)_lora\.)?"
+    r"(lora_A|lora_B|lora\.down|lora\.up|down|up|lora_linear_layer\.down|lora_linear_layer\.up|alpha)"
+    r"(?:\.default)?(?:\.weight)?"
+)
+_KOHYA_COMPONENTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+_DOWN = ("lora_down.weight", "lora_A", "lora.down", "down", "lora_linear_layer.down")
+# Words with an underscore of their own in the original layout's names, which kohya's flattened names run together.
+_WORDS = (
+    *("input_blocks", "middle_block", "output_blocks", "transformer_blocks"),
+    *("in_layers", "out_layers", "emb_layers", "skip_connection", "time_embed", "label_emb"),
+    *("proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out"),
+)
+_NAMED = 3  # how many keys an error spells out
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file of updates, and how strongly they are applied."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """FILE or FILE:SCALE, as on the command line."""
+        name, colon, number = text.rpartition(":")
+        try:
+            return cls(Path(name), float(number)) if colon else cls(Path(text))
+        except ValueError:  # a colon of the path's own
+            return cls(Path(text))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a key of a file belongs to: a component (None: the denoiser), a layer's name as the file has it, a part."""
+
+    component: str | None
+    layer: str
+    part: str  # "down", "up" or "alpha"
+    flat: bool  # whether the layer's dots were written as underscores
+
+
+def check_loras(checkpoint: Checkpoint, loras: Iterable[Lora]) -> None:
+    """Raises CheckpointError for a key that finds no layer of the checkpoint, or a shape that does not fit it."""
+    for lora in loras:
+        for component, layers in _layers(checkpoint, lora).items():
+            module = _hollow(checkpoint, component)
+            for name, keys in layers.items():
+                _check_shapes(lora.path, module.get_submodule(name), _shapes(lora.path, keys))
+
+
+def merge_loras(
+    checkpoint: Checkpoint, component: str, module: nn.Module, loras: Iterable[Lora]
+) -> None:
+    """Add the updates to the component's weights, each computed in float32 and rounded once."""
+    from safetensors import safe_open
+
+    for lora in loras:
+        with safe_open(lora.path, framework="pt", device="cpu") as file:
+            alpha = _adapter_alpha(lora.path)
+            for name, keys in _layers(checkpoint, lora).get(component, {}).items():
+                tensors = {part: file.get_tensor(key) for part, key in keys.items()}
+                layer: Any = module.get_submodule(name)
+                update = lora.scale * _update(tensors, alpha, layer.weight)
+                layer.weight = nn.Parameter((layer.weight.float() + update).to(layer.weight.dtype))
+
+
+def touched(checkpoint: Checkpoint, loras: Iterable[Lora]) -> set[str]:
+    """The components that the updates change."""
+    return {component for lora in loras for component in _layers(checkpoint, lora)}
+
+
+def _update(tensors: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
+    """alpha / rank * up @ down, of the weight's shape; ranks are down's rows."""
+    down, up = (tensors[part].to(weight.device, torch.float32) for part in ("down", "up"))
+    rank = down.shape[0]
+    strength = float(tensors["alpha"]) if "alpha" in tensors else alpha
+    product = up.flatten(1) @ down.flatten(1)
+    return product.view(weight.shape) * (1.0 if strength is None else strength / rank)
+
+
+def _layers(checkpoint: Checkpoint, lora: Lora) -> dict[str, dict[str, dict[str, str]]]:
+    """component -> layer -> part -> key of a file."""
+    check_pickle(lora.path, allow_pickle=False)
+    keys = [key for key in read_header(lora.path)[0] if key != "__metadata__"]
+    denoiser = "transformer" if "transformer" in checkpoint.components else "unet"
+    names: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    unknown = []
+    for key in keys:
+        place = _place(key)
+        component = denoiser if place is None else place.component or denoiser
+        if component in checkpoint.components and component not in names:
+            names[component] = _layer_names(checkpoint, component)
+        layer = None if place is None else _layer(place, names.get(component, {}), checkpoint)
+        if place is None or layer is None:
+            unknown.append(key)
+        else:
+            found.setdefault(component, {}).setdefault(layer, {})[place.part] = key
+    halves = [
+        name
+        for each in found.values()
+        for name, parts in each.items()
+        if not {"down", "up"} <= {*parts}
+    ]
+    if unknown or halves:
+        wrong = unknown or halves
+        raise CheckpointError(
+            f"{lora.path} does not fit {checkpoint.source}: no layer here for {', '.join(wrong[:_NAMED])}"
+            f"{f' and {len(wrong) - _NAMED} more' if len(wrong) > _NAMED else ''}; possible are low-rank updates "
+            f"of linear layers and convolutions of {', '.join(checkpoint.components)}"
+        )
+    return found
+
+
+def _place(key: str) -> _Place | None:
+    if match := _KOHYA.fullmatch(key):
+        prefix, layer, part = match.groups()
+        component = _KOHYA_COMPONENTS.get(prefix)
+        return _Place(component, layer, "alpha" if part == "alpha" else _half(part), flat=True)
+    if match := _DIFFUSERS.fullmatch(key.removeprefix("base_model.model.")):
+        component, layer, projection, part = match.groups()
+        if projection:  # of attention processors, as diffusers once named them
+            layer += ".to_out.0" if projection == "to_out" else f".{projection}"
+        return _Place(component, layer, "alpha" if part == "alpha" else _half(part), flat=False)
+    return None
+
+
+def _half(part: str) -> str:
+    return "down" if part in _DOWN else "up"
+
+
+def _layer(place: _Place, names: Mapping[str, str], checkpoint: Checkpoint) -> str | None:
+    """Our name of the layer, or None where the component has none of that name."""
+    if not place.flat:
+        return names.get(place.layer.replace(".", "_"))
+    if place.layer in names or place.component is not None or "unet" not in checkpoint.components:
+        return names.get(place.layer)
+    layers = int(checkpoint.configs["unet"].get("layers_per_block", 2))
+    (target,) = unet_key(f"{dotted(place.layer)}.weight", layers=layers)
+    return names.get(target.name.removesuffix(".weight").replace(".", "_"))
+
+
+def dotted(flat: str) -> str:
+    """A name of the original layout whose dots were written as underscores."""
+    for word in _WORDS:
+        flat = flat.replace(word, word.replace("_", "-"))
+    return flat.replace("_", ".").replace("-", "_")
+
+
+def _layer_names(checkpoint: Checkpoint, component: str) -> dict[str, str]:
+    """Our names of what can be updated, by their flattened form."""
+    modules: Iterator[tuple[str, nn.Module]] = _hollow(checkpoint, component).named_modules()
+    return {
+        name.replace(".", "_"): name
+        for name, module in modules
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+
+
+def _hollow(checkpoint: Checkpoint, component: str) -> nn.Module:
+    with torch.device("meta"):
+        return checkpoint.skeleton(component, torch.float32)
+
+
+def _shapes(path: Path, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    header, _ = read_header(path)
+    return {part: tuple(header[key]["shape"]) for part, key in keys.items()}
+
+
+def _check_shapes(path: Path, layer: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    down, up = shapes["down"], shapes["up"]
+    outputs, *inputs = layer.weight.shape
+    if up[0] != outputs or prod(down[1:]) != prod(inputs) or prod(up[1:]) != down[0]:
+        raise CheckpointError(
+            f"{path}: an update of {list(up)} by {list(down)} does not fit a weight of {[outputs, *inputs]}; "
+            "it was made for another model"
+        )
+
+
+def _adapter_alpha(path: Path) -> float | None:
+    """What PEFT writes beside its file, where a file has no alphas of its own."""
+    config = path.parent / "adapter_config.json"
+    if path.stem != "adapter_model" or not config.is_file():
+        return None
+    alpha = json.loads(config.read_text(encoding="utf-8")).get("lora_alpha")
+    return None if alpha is None else float(alpha)

@@ -1,0 +1,198 @@
+"""Low-rank updates in the layouts that people have them in, against diffusers' own merging by PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import small_checkpoints
+import tintype
+from tintype.checkpoints import open_checkpoint
+from tintype.checkpoints.lora import Lora, dotted
+from tintype.checkpoints.original_keys import unet_key
+from tintype.errors import CheckpointError, RequestError
+from tolerances import MODULE_FP32, relative_error
+
+RANK, ALPHA, SCALE = 3, 2.0, 0.7
+LAYERS = {
+    "unet": [
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        "mid_block.attentions.0.proj_in",
+    ],
+    "text_encoder": ["text_model.encoder.layers.0.self_attn.q_proj"],
+}
+
+
+def updates(checkpoint):
+    """component -> layer -> (down, up) of random numbers, in the shapes that PEFT gives them."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    made = {}
+    for component, layers in LAYERS.items():
+        module = checkpoint.component(component)
+        for layer in layers:
+            outputs, inputs, *kernel = module.get_submodule(layer).weight.shape
+            pair = random(RANK, inputs, *kernel), random(outputs, RANK, *[1] * len(kernel))
+            made.setdefault(component, {})[layer] = pair
+    return made
+
+
+def kohya(made):
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    return {
+        f"{prefixes[component]}{layer.replace('.', '_')}.{part}": tensor
+        for component, layers in made.items()
+        for layer, (down, up) in layers.items()
+        for part, tensor in {
+            "lora_down.weight": down,
+            "lora_up.weight": up,
+            "alpha": torch.tensor(ALPHA),
+        }.items()
+    }
+
+
+def peft(made):
+    return {
+        f"{component}.{layer}.{half}.weight": tensor
+        for component, layers in made.items()
+        for layer, pair in layers.items()
+        for half, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
+
+
+LAYOUTS = {"kohya": (kohya, ALPHA / RANK), "peft": (peft, 1.0)}
+
+
+@pytest.fixture(params=LAYOUTS)
+def adapted(request, saved, tmp_path):
+    """The folder of a small SD 1, a file of updates to it, and alpha / rank."""
+    layout, strength = LAYOUTS[request.param]
+    folder = saved("sd1")
+    path = tmp_path / "style.safetensors"
+    tensors = layout(updates(open_checkpoint(folder)))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    return folder, path, strength
+
+
+def test_merged_weights_equal_diffusers(adapted):
+    folder, path, _ = adapted
+    theirs = small_checkpoints.PIPELINES["sd1"].from_pretrained(folder)
+    # Its own names of the text encoder's layers are not those of the transformers that it runs on.
+    own = {key: t for key, t in load_file(path).items() if "text_model" not in key}
+    theirs.load_lora_weights(own)
+    theirs.fuse_lora(lora_scale=SCALE, components=["unet"])
+    theirs.unload_lora_weights()
+    ours = open_checkpoint(folder).with_loras([Lora(path, SCALE)]).component("unet").state_dict()
+    for layer in LAYERS["unet"]:
+        expected = theirs.unet.get_submodule(layer).weight.detach()
+        assert relative_error(ours[f"{layer}.weight"], expected) < MODULE_FP32
+
+
+@pytest.mark.parametrize("component", LAYERS)
+def test_an_update_is_scale_times_alpha_over_rank_times_the_product(adapted, component):
+    folder, path, strength = adapted
+    checkpoint = open_checkpoint(folder)
+    before = checkpoint.component(component).state_dict()
+    after = checkpoint.with_loras([Lora(path, SCALE)]).component(component).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{layer}.weight" for layer in LAYERS[component]}
+    for layer, (down, up) in updates(checkpoint)[component].items():
+        product = torch.tensordot(up.double().flatten(1), down.double().flatten(1), dims=1)
+        expected = SCALE * strength * product.view(before[f"{layer}.weight"].shape)
+        actual = after[f"{layer}.weight"].double() - before[f"{layer}.weight"].double()
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_a_loaded_pipeline_and_its_sign(adapted):
+    folder, path, _ = adapted
+    request = {"num_inference_steps": 2, "width": 32, "height": 32, "seed": 1, "output_type": "np"}
+    plain = tintype.load(folder)("red", **request).images
+    styled = tintype.load(folder, lora=path)("red", **request).images
+    assert not np.array_equal(plain, styled)
+    undone = tintype.load(folder, lora=[f"{path}:0.5", f"{path}:-0.5"])("red", **request).images
+    assert relative_error(undone, plain) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flat", "ours"),
+    [
+        (
+            "input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        ),
+        ("middle_block_1_proj_out", "mid_block.attentions.0.proj_out"),
+        (
+            "output_blocks_3_1_transformer_blocks_0_ff_net_0_proj",
+            "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        ),
+        ("input_blocks_2_0_in_layers_2", "down_blocks.0.resnets.1.conv1"),
+    ],
+)
+def test_flattened_names_of_the_original_layout_are_read(flat, ours):
+    (target,) = unet_key(f"{dotted(flat)}.weight", layers=2)
+    assert target.name == f"{ours}.weight"
+
+
+def test_peft_says_its_alpha_beside_the_file(saved, tmp_path):
+    checkpoint = open_checkpoint(saved("sd1"))
+    tensors = {
+        f"base_model.model.{key.removeprefix('unet.')}": tensor
+        for key, tensor in peft(updates(checkpoint)).items()
+        if key.startswith("unet.")
+    }
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(tensors, path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 6}))
+    layer = LAYERS["unet"][0]
+    down, up = updates(checkpoint)["unet"][layer]
+    before = checkpoint.component("unet").get_submodule(layer).weight
+    after = checkpoint.with_loras([Lora(path)]).component("unet").get_submodule(layer).weight
+    assert relative_error((after - before).detach(), 6 / RANK * up @ down) < 1e-4
+
+
+def test_keys_without_a_layer_here_are_named(saved, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"lora_unet_nowhere_to_q.lora_down.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(CheckpointError, match="no layer here for lora_unet_nowhere_to_q"):
+        open_checkpoint(saved("sd1")).with_loras([Lora(path)])
+
+
+def test_an_update_of_another_shape_is_refused(saved, tmp_path):
+    layer = LAYERS["unet"][0]
+    path = tmp_path / "other.safetensors"
+    save_file(
+        {
+            f"unet.{layer}.lora_A.weight": torch.zeros(2, 7),
+            f"unet.{layer}.lora_B.weight": torch.zeros(7, 2),
+        },
+        path,
+    )
+    with pytest.raises(CheckpointError, match="it was made for another model"):
+        open_checkpoint(saved("sd1")).with_loras([Lora(path)])
+
+
+def test_a_bundle_takes_no_updates_and_says_when_they_go_in(tiny_bundle):
+    with pytest.raises(RequestError, match="tintype export --lora"):
+        tintype.load(tiny_bundle, lora="style.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", Lora(Path("a.safetensors"))),
+        ("a.safetensors:0.5", Lora(Path("a.safetensors"), 0.5)),
+        ("C:/a.safetensors", Lora(Path("C:/a.safetensors"))),
+    ],
+)
+def test_a_file_and_its_scale_are_told_apart(text, expected):
+    assert Lora.parse(text) == expected
