@@ -37,52 +37,52 @@ class TextSpec:
     projection: int | None = None
 
 
-def _layer(name: str, *weight: int) -> Named:
+def weight_and_bias(name: str, *weight: int) -> Named:
     yield f"{name}.weight", weight
     yield f"{name}.bias", weight[:1]
 
 
 def _resnet(name: str, c_in: int, c_out: int, time: int) -> Named:
-    yield from _layer(f"{name}.in_layers.0", c_in)
-    yield from _layer(f"{name}.in_layers.2", c_out, c_in, 3, 3)
-    yield from _layer(f"{name}.emb_layers.1", c_out, time)
-    yield from _layer(f"{name}.out_layers.0", c_out)
-    yield from _layer(f"{name}.out_layers.3", c_out, c_out, 3, 3)
+    yield from weight_and_bias(f"{name}.in_layers.0", c_in)
+    yield from weight_and_bias(f"{name}.in_layers.2", c_out, c_in, 3, 3)
+    yield from weight_and_bias(f"{name}.emb_layers.1", c_out, time)
+    yield from weight_and_bias(f"{name}.out_layers.0", c_out)
+    yield from weight_and_bias(f"{name}.out_layers.3", c_out, c_out, 3, 3)
     if c_in != c_out:
-        yield from _layer(f"{name}.skip_connection", c_out, c_in, 1, 1)
+        yield from weight_and_bias(f"{name}.skip_connection", c_out, c_in, 1, 1)
 
 
 def _attention(name: str, channels: int, context: int) -> Named:
     yield f"{name}.to_q.weight", (channels, channels)
     yield f"{name}.to_k.weight", (channels, context)
     yield f"{name}.to_v.weight", (channels, context)
-    yield from _layer(f"{name}.to_out.0", channels, channels)
+    yield from weight_and_bias(f"{name}.to_out.0", channels, channels)
 
 
 def _transformer(name: str, channels: int, depth: int, spec: UNetSpec) -> Named:
     projection = (channels, channels) if spec.linear else (channels, channels, 1, 1)
-    yield from _layer(f"{name}.norm", channels)
-    yield from _layer(f"{name}.proj_in", *projection)
+    yield from weight_and_bias(f"{name}.norm", channels)
+    yield from weight_and_bias(f"{name}.proj_in", *projection)
     for i in range(depth):
         block = f"{name}.transformer_blocks.{i}"
         yield from _attention(f"{block}.attn1", channels, channels)
         yield from _attention(f"{block}.attn2", channels, spec.context)
-        yield from _layer(f"{block}.ff.net.0.proj", 8 * channels, channels)
-        yield from _layer(f"{block}.ff.net.2", channels, 4 * channels)
+        yield from weight_and_bias(f"{block}.ff.net.0.proj", 8 * channels, channels)
+        yield from weight_and_bias(f"{block}.ff.net.2", channels, 4 * channels)
         for norm in ("norm1", "norm2", "norm3"):
-            yield from _layer(f"{block}.{norm}", channels)
-    yield from _layer(f"{name}.proj_out", *projection)
+            yield from weight_and_bias(f"{block}.{norm}", channels)
+    yield from weight_and_bias(f"{name}.proj_out", *projection)
 
 
 def unet(spec: UNetSpec) -> Named:
     """The UNet's tensors, numbered through as the original builds them."""
     first, time = spec.channels, 4 * spec.channels
-    yield from _layer("time_embed.0", time, first)
-    yield from _layer("time_embed.2", time, time)
+    yield from weight_and_bias("time_embed.0", time, first)
+    yield from weight_and_bias("time_embed.2", time, time)
     if spec.added is not None:
-        yield from _layer("label_emb.0.0", time, spec.added)
-        yield from _layer("label_emb.0.2", time, time)
-    yield from _layer("input_blocks.0.0", first, spec.channels_in, 3, 3)
+        yield from weight_and_bias("label_emb.0.0", time, spec.added)
+        yield from weight_and_bias("label_emb.0.2", time, time)
+    yield from weight_and_bias("input_blocks.0.0", first, spec.channels_in, 3, 3)
     skips, width, number = [first], first, 1
     levels = list(zip(spec.multipliers, spec.depths, strict=True))
     for level, (multiplier, depth) in enumerate(levels):
@@ -94,7 +94,7 @@ def unet(spec: UNetSpec) -> Named:
             skips.append(width)
             number += 1
         if level < len(levels) - 1:
-            yield from _layer(f"input_blocks.{number}.0.op", width, width, 3, 3)
+            yield from weight_and_bias(f"input_blocks.{number}.0.op", width, width, 3, 3)
             skips.append(width)
             number += 1
     yield from _resnet("middle_block.0", width, width, time)
@@ -110,44 +110,47 @@ def unet(spec: UNetSpec) -> Named:
                 yield from _transformer(f"output_blocks.{number}.1", width, depth, spec)
                 parts = 2
             if level and block == spec.blocks:
-                yield from _layer(f"output_blocks.{number}.{parts}.conv", width, width, 3, 3)
+                yield from weight_and_bias(
+                    f"output_blocks.{number}.{parts}.conv", width, width, 3, 3
+                )
             number += 1
-    yield from _layer("out.0", first)
-    yield from _layer("out.2", 4, first, 3, 3)
+    yield from weight_and_bias("out.0", first)
+    yield from weight_and_bias("out.2", 4, first, 3, 3)
 
 
 def _vae_resnet(name: str, c_in: int, c_out: int) -> Named:
-    yield from _layer(f"{name}.norm1", c_in)
-    yield from _layer(f"{name}.conv1", c_out, c_in, 3, 3)
-    yield from _layer(f"{name}.norm2", c_out)
-    yield from _layer(f"{name}.conv2", c_out, c_out, 3, 3)
+    yield from weight_and_bias(f"{name}.norm1", c_in)
+    yield from weight_and_bias(f"{name}.conv1", c_out, c_in, 3, 3)
+    yield from weight_and_bias(f"{name}.norm2", c_out)
+    yield from weight_and_bias(f"{name}.conv2", c_out, c_out, 3, 3)
     if c_in != c_out:
-        yield from _layer(f"{name}.nin_shortcut", c_out, c_in, 1, 1)
+        yield from weight_and_bias(f"{name}.nin_shortcut", c_out, c_in, 1, 1)
 
 
 def _vae_middle(name: str, width: int) -> Named:
     yield from _vae_resnet(f"{name}.block_1", width, width)
-    yield from _layer(f"{name}.attn_1.norm", width)
+    yield from weight_and_bias(f"{name}.attn_1.norm", width)
     for part in ("q", "k", "v", "proj_out"):
-        yield from _layer(f"{name}.attn_1.{part}", width, width, 1, 1)
+        yield from weight_and_bias(f"{name}.attn_1.{part}", width, width, 1, 1)
     yield from _vae_resnet(f"{name}.block_2", width, width)
 
 
-def vae(widths: tuple[int, ...], blocks: int) -> Named:
+def vae(widths: tuple[int, ...], blocks: int, latent: int = 4, *, quant: bool = True) -> Named:
     """The autoencoder's tensors; both halves count their levels from the picture."""
-    yield from _layer("encoder.conv_in", widths[0], 3, 3, 3)
+    yield from weight_and_bias("encoder.conv_in", widths[0], 3, 3, 3)
     for level, (before, width) in enumerate(pairwise((widths[0], *widths))):
         for block in range(blocks):
             c_in = before if block == 0 else width
             yield from _vae_resnet(f"encoder.down.{level}.block.{block}", c_in, width)
         if level < len(widths) - 1:
-            yield from _layer(f"encoder.down.{level}.downsample.conv", width, width, 3, 3)
+            yield from weight_and_bias(f"encoder.down.{level}.downsample.conv", width, width, 3, 3)
     yield from _vae_middle("encoder.mid", widths[-1])
-    yield from _layer("encoder.norm_out", widths[-1])
-    yield from _layer("encoder.conv_out", 8, widths[-1], 3, 3)
-    yield from _layer("quant_conv", 8, 8, 1, 1)
-    yield from _layer("post_quant_conv", 4, 4, 1, 1)
-    yield from _layer("decoder.conv_in", widths[-1], 4, 3, 3)
+    yield from weight_and_bias("encoder.norm_out", widths[-1])
+    yield from weight_and_bias("encoder.conv_out", 2 * latent, widths[-1], 3, 3)
+    if quant:
+        yield from weight_and_bias("quant_conv", 2 * latent, 2 * latent, 1, 1)
+        yield from weight_and_bias("post_quant_conv", latent, latent, 1, 1)
+    yield from weight_and_bias("decoder.conv_in", widths[-1], latent, 3, 3)
     yield from _vae_middle("decoder.mid", widths[-1])
     for level, width in reversed(list(enumerate(widths))):
         above = widths[min(level + 1, len(widths) - 1)]
@@ -155,9 +158,9 @@ def vae(widths: tuple[int, ...], blocks: int) -> Named:
             c_in = above if block == 0 else width
             yield from _vae_resnet(f"decoder.up.{level}.block.{block}", c_in, width)
         if level:
-            yield from _layer(f"decoder.up.{level}.upsample.conv", width, width, 3, 3)
-    yield from _layer("decoder.norm_out", widths[0])
-    yield from _layer("decoder.conv_out", 3, widths[0], 3, 3)
+            yield from weight_and_bias(f"decoder.up.{level}.upsample.conv", width, width, 3, 3)
+    yield from weight_and_bias("decoder.norm_out", widths[0])
+    yield from weight_and_bias("decoder.conv_out", 3, widths[0], 3, 3)
 
 
 def clip(spec: TextSpec) -> Named:
@@ -168,12 +171,12 @@ def clip(spec: TextSpec) -> Named:
     for i in range(spec.layers):
         layer = f"text_model.encoder.layers.{i}"
         for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            yield from _layer(f"{layer}.self_attn.{part}", spec.width, spec.width)
-        yield from _layer(f"{layer}.layer_norm1", spec.width)
-        yield from _layer(f"{layer}.mlp.fc1", 4 * spec.width, spec.width)
-        yield from _layer(f"{layer}.mlp.fc2", spec.width, 4 * spec.width)
-        yield from _layer(f"{layer}.layer_norm2", spec.width)
-    yield from _layer("text_model.final_layer_norm", spec.width)
+            yield from weight_and_bias(f"{layer}.self_attn.{part}", spec.width, spec.width)
+        yield from weight_and_bias(f"{layer}.layer_norm1", spec.width)
+        yield from weight_and_bias(f"{layer}.mlp.fc1", 4 * spec.width, spec.width)
+        yield from weight_and_bias(f"{layer}.mlp.fc2", spec.width, 4 * spec.width)
+        yield from weight_and_bias(f"{layer}.layer_norm2", spec.width)
+    yield from weight_and_bias("text_model.final_layer_norm", spec.width)
 
 
 def open_clip(spec: TextSpec) -> Named:
@@ -187,12 +190,12 @@ def open_clip(spec: TextSpec) -> Named:
         layer = f"transformer.resblocks.{i}"
         yield f"{layer}.attn.in_proj_weight", (3 * width, width)
         yield f"{layer}.attn.in_proj_bias", (3 * width,)
-        yield from _layer(f"{layer}.attn.out_proj", width, width)
-        yield from _layer(f"{layer}.ln_1", width)
-        yield from _layer(f"{layer}.mlp.c_fc", 4 * width, width)
-        yield from _layer(f"{layer}.mlp.c_proj", width, 4 * width)
-        yield from _layer(f"{layer}.ln_2", width)
-    yield from _layer("ln_final", width)
+        yield from weight_and_bias(f"{layer}.attn.out_proj", width, width)
+        yield from weight_and_bias(f"{layer}.ln_1", width)
+        yield from weight_and_bias(f"{layer}.mlp.c_fc", 4 * width, width)
+        yield from weight_and_bias(f"{layer}.mlp.c_proj", width, 4 * width)
+        yield from weight_and_bias(f"{layer}.ln_2", width)
+    yield from weight_and_bias("ln_final", width)
 
 
 @dataclass(frozen=True)
@@ -207,12 +210,12 @@ class FileSpec:
     def shapes(self) -> dict[str, Shape]:
         """Every tensor of the file, with the schedule that training leaves in it."""
         towers = (
-            _below(prefix, (open_clip if prefix.endswith(".model.") else clip)(tower))
+            below(prefix, (open_clip if prefix.endswith(".model.") else clip)(tower))
             for prefix, tower in self.texts
         )
         return {
-            **dict(_below("model.diffusion_model.", unet(self.unet))),
-            **dict(_below("first_stage_model.", vae(self.vae, self.vae_blocks))),
+            **dict(below("model.diffusion_model.", unet(self.unet))),
+            **dict(below("first_stage_model.", vae(self.vae, self.vae_blocks))),
             **dict(chain.from_iterable(towers)),
             "alphas_cumprod": (1000,),
             "betas": (1000,),
@@ -229,7 +232,7 @@ class FileSpec:
         }
 
 
-def _below(prefix: str, named: Named) -> Named:
+def below(prefix: str, named: Named) -> Named:
     return ((prefix + name, shape) for name, shape in named)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -132,3 +133,9 @@ def _flux_parts(kind: str) -> dict[str, Any]:
             shift=3.0 if dev else 1.0, use_dynamic_shifting=dev
         ),
     }
+
+
+def save(kind: str, folder: Path) -> Path:
+    """A folder in diffusers layout."""
+    PIPELINES[kind](**parts(kind)).save_pretrained(folder)
+    return folder

@@ -20,6 +20,11 @@ class Watched:
             self.ran.append((profile, len(inputs["sample"])))
         return self.inner.run(stage, profile, inputs)
 
+    def run_placed(self, stage, profile, inputs):
+        rows = len(inputs["sample"])
+        self.ran.append((profile, 2 * rows if stage == "guided_step" else rows))
+        return self.inner.run_placed(stage, profile, inputs)
+
     @property
     def rows(self):
         """The rows of each denoiser run."""

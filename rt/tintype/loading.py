@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tintype.backends import Backend, choose
 from tintype.bundle import MANIFEST, Bundle, is_bundle, open_bundle
-from tintype.errors import CheckpointError
-from tintype.families.conditioning import TextTokenizer
+from tintype.errors import CheckpointError, RequestError
+from tintype.families.conditioning import STAGES, TextTokenizer
 from tintype.families.latent_diffusion import LatentDiffusion
 from tintype.pipeline import Pipeline
 from tintype.t5_tokenizer import T5Tokenizer
@@ -18,15 +18,17 @@ from tintype.tokenizer import ClipTokenizer
 from tintype_kernels.cache import cache_folder
 
 if TYPE_CHECKING:
+    from tintype.backends.torch import TorchBackend
     from tintype.checkpoints import Checkpoint
 
 BOX = Path(__file__).parent / "assets"
+_T5_STAGES = {"sd3": "encode_3", "flux": "encode_2"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A hub repository often repeats its weights in formats that we do not read.
 _HUB_FILES = ["*.json", "*.txt", "*/*.safetensors", "*/*.onnx", "*/*/*.safetensors"]
 
 
-def load(
+def load(  # noqa: PLR0913 - they are what users type
     source: str | Path = "postcard",
     backend: str = "auto",
     device: str = "auto",
@@ -34,6 +36,11 @@ def load(
     *,
     allow_pickle: bool = False,
     batch_invariant: bool | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    without: Collection[str] = (),
+    offload: str | None = None,
+    vae_tiling: bool = False,
+    execution: str = "eager",
 ) -> Pipeline:
     """Load a model and return its pipeline.
 
@@ -41,14 +48,48 @@ def load(
     name of a model in the box, or a hub id. `backend` is auto, onnxruntime, openvino, tensorrt
     or torch; bundles run without torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32".
     `batch_invariant` gives every picture the bytes that it has alone, wherever it is in a batch; None means on CPU.
+    `lora` is a file of low-rank updates of a checkpoint, or several, each as FILE or FILE:SCALE.
+    `without` names text encoders to leave out, such as "text_encoder_3", the T5 of SD3 and most of its memory.
+    `offload` "model" keeps one component on the device at a time, "sequential" one block and the next; `vae_tiling`
+    decodes in overlapping tiles. Both are for checkpoints; `tintype inspect MODEL --memory` tells what each saves.
+    `execution` of a checkpoint is "eager", "compiled" by torch, or a CUDA "graph"; compiled ones are graphs there, too.
     """
     path = resolve(source)
     options = {"device": device, "dtype": dtype, "batch_invariant": batch_invariant}
     if is_bundle(path) and not (backend == "torch" and is_checkpoint(path)):
         choose(backend, "bundle")  # an absent backend is told before gigabytes are hashed
+        asked = _for_checkpoints(
+            without=without,
+            lora=lora,
+            offload=offload,
+            vae_tiling=vae_tiling,
+            execution=execution if execution != "eager" else "",
+        )
+        if asked:
+            raise RequestError(
+                f"{asked} is for checkpoints; a bundle runs what it was exported with (tintype export --lora)"
+            )
         return bundle_pipeline(open_bundle(path), backend, **options)
     choose(backend, "checkpoint")  # opening one imports what an absent backend lacks
-    return checkpoint_pipeline(open_source(path, allow_pickle=allow_pickle), backend, **options)
+    checkpoint = open_source(path, allow_pickle=allow_pickle)
+    checkpoint = checkpoint.without(without) if without else checkpoint
+    options |= {"offload": offload, "vae_tiling": vae_tiling, "execution": execution}
+    return checkpoint_pipeline(with_loras(checkpoint, lora), backend, **options)
+
+
+def _for_checkpoints(**arguments: Any) -> str:
+    """The first of the arguments that was given, as it was."""
+    return next((f"{name}={value!r}" for name, value in arguments.items() if value), "")
+
+
+def with_loras(checkpoint: Checkpoint, files: str | Path | Sequence[str | Path]) -> Checkpoint:
+    """The checkpoint with the low-rank updates of these files, each FILE or FILE:SCALE."""
+    texts = [files] if isinstance(files, (str, Path)) else files
+    if not texts:
+        return checkpoint
+    from tintype.checkpoints.lora import Lora
+
+    return checkpoint.with_loras(Lora.parse(str(text)) for text in texts)
 
 
 def resolve(source: str | Path) -> Path:
@@ -92,7 +133,12 @@ def bundle_pipeline(bundle: Bundle, backend: str = "auto", **options: Any) -> Pi
     name, reason = choose(backend, "bundle")
     family = LatentDiffusion(
         backend=_bundle_backend(name)(bundle, **options),
-        tokenizers=[ClipTokenizer(bundle.path(folder)) for folder in bundle.tokenizers],
+        tokenizers=open_tokenizers(
+            bundle.family,
+            bundle.stages,
+            [bundle.path(folder) for folder in bundle.tokenizers],
+            bundle.defaults,
+        ),
         scheduler_config=bundle.scheduler,
         defaults=bundle.defaults,
         kind=bundle.family,
@@ -120,9 +166,14 @@ def checkpoint_pipeline(checkpoint: Checkpoint, backend: str = "auto", **options
     _, reason = choose(backend, "checkpoint")
     from tintype.backends.torch import TorchBackend
 
+    return torch_pipeline(checkpoint, TorchBackend(checkpoint, **options), reason)
+
+
+def torch_pipeline(checkpoint: Checkpoint, backend: TorchBackend, reason: str) -> Pipeline:
+    """The pipeline of a checkpoint on a backend that there is."""
     family = LatentDiffusion(
-        backend=TorchBackend(checkpoint, **options),
-        tokenizers=_tokenizers(checkpoint),
+        backend=backend,
+        tokenizers=checkpoint_tokenizers(checkpoint),
         scheduler_config=checkpoint.scheduler_config,
         defaults=checkpoint.defaults,
         kind=checkpoint.family,
@@ -131,14 +182,25 @@ def checkpoint_pipeline(checkpoint: Checkpoint, backend: str = "auto", **options
     return Pipeline(path.stem if path.is_file() else path.name, family, reason)
 
 
-def _tokenizers(checkpoint: Checkpoint) -> list[TextTokenizer]:
-    """One a text encoder, of the encoder's kind."""
-    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
+def checkpoint_tokenizers(checkpoint: Checkpoint) -> list[TextTokenizer]:
+    """One a text encoder."""
+    from tintype.models.stages import stage_names
+
+    folders = checkpoint.tokenizer_folders
+    stages = stage_names(checkpoint.components)
+    return open_tokenizers(checkpoint.family, stages, folders, checkpoint.defaults)
+
+
+def open_tokenizers(
+    family: str, stages: Iterable[str], folders: Iterable[Path], defaults: Mapping[str, Any]
+) -> list[TextTokenizer]:
+    """A tokenizer for each encoder among the stages, of the encoder's kind."""
+    encoders = [stage for stage in STAGES if stage in stages]
     return [
-        T5Tokenizer(folder, checkpoint.defaults["text_tokens"])
-        if checkpoint.components[name].architecture == "T5EncoderModel"
+        T5Tokenizer(folder, defaults["text_tokens"])
+        if stage == _T5_STAGES.get(family)
         else ClipTokenizer(folder)
-        for name, folder in zip(encoders, checkpoint.tokenizer_folders, strict=True)
+        for stage, folder in zip(encoders, folders, strict=True)
     ]
 
 

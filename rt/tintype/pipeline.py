@@ -246,13 +246,13 @@ def _size(picture: Floats) -> str:
     return f"{picture.shape[2]}x{picture.shape[1]}"
 
 
-def _counter(on_step: OnStep | None, total: int) -> Callable[[Floats], None]:
+def _counter(on_step: OnStep | None, total: int) -> Callable[[Callable[[], Floats]], None]:
     done = 0
 
-    def notify(latents: Floats) -> None:
+    def notify(fetch: Callable[[], Floats]) -> None:
         nonlocal done
         step, done = done, done + 1
-        if on_step is not None and on_step(step, total, latents) is False:
+        if on_step is not None and on_step(step, total, fetch()) is False:
             raise Cancelled(f"the callback cancelled the request at step {done} of {total}")
 
     return notify

@@ -111,30 +111,49 @@ def test_eight_pictures_at_a_time_on_torch(saved):
 
 def test_out_of_memory_halves_the_batch_once_and_says_so(saved, monkeypatch):
     pipe = tintype.load(saved("sd1"), batch_invariant=False)
-    backend = pipe.family.backend
-    call, sizes = backend._call, []
-
-    def limited(stage, dtype, inputs):
-        if stage == "denoise":
-            sizes.append(len(inputs[0]))
-            if len(inputs[0]) > 2:
-                raise torch.OutOfMemoryError("pretended")
-        return call(stage, dtype, inputs)
-
-    monkeypatch.setattr(backend, "_call", limited)
+    sizes = _with_room_for(4, pipe, monkeypatch)
     request = {"num_inference_steps": 2, "width": 32, "height": 32, "output_type": "latent"}
     with pytest.warns(RuntimeWarning, match="batch of 4 and goes on with 2") as told:
-        pair = pipe("red", num_images_per_prompt=2, seed=0, **request).images
+        made = pipe("red", num_images_per_prompt=4, seed=0, **request).images
     assert len(told) == 1
-    assert sizes == [4, 2, 2, 2, 2]
-    assert relative_error(pair[:1], pipe("red", seed=0, **request).images) < 100 * TINY_GRAPH
+    assert sizes == [8, 4, 4, 4, 4]
+    assert relative_error(made[:1], pipe("red", seed=0, **request).images) < 100 * TINY_GRAPH
 
-    monkeypatch.setattr(backend, "_fitting", {})
+
+def test_out_of_memory_of_one_picture_runs_its_two_rows_apart(saved, monkeypatch):
+    request = {"num_inference_steps": 2, "width": 32, "height": 32, "output_type": "latent"}
+    expected = tintype.load(saved("sd1"))("red", seed=0, **request).images
+    pipe = tintype.load(saved("sd1"))
+    sizes = _with_room_for(1, pipe, monkeypatch)
+    with pytest.warns(RuntimeWarning, match="goes on with one row of its pair"):
+        made = pipe("red", seed=0, **request).images
+    assert sizes == [2, 1, 1, 1, 1]
+    assert relative_error(made, expected) < 100 * TINY_GRAPH
+
+
+def test_no_memory_for_a_single_row_of_a_pair_is_told(saved, monkeypatch):
+    pipe = tintype.load(saved("sd1"))
+    _with_room_for(0, pipe, monkeypatch)
     with (
-        pytest.warns(RuntimeWarning, match="batch of 8 and goes on with 4"),
+        pytest.warns(RuntimeWarning, match="one row of its pair"),
         pytest.raises(torch.OutOfMemoryError),
     ):
-        pipe("red", num_images_per_prompt=4, seed=0, **request)
+        pipe("red", num_inference_steps=1, width=32, height=32)
+
+
+def _with_room_for(rows, pipe, monkeypatch):
+    """Let the denoiser run out of memory where it is given more rows; the rows that it was given."""
+    denoiser = pipe.family.backend.module("denoise")
+    run, sizes = denoiser.forward, []
+
+    def limited(sample, *told):
+        sizes.append(len(sample))
+        if len(sample) > rows:
+            raise torch.OutOfMemoryError("pretended")
+        return run(sample, *told)
+
+    monkeypatch.setattr(denoiser, "forward", limited)
+    return sizes
 
 
 def test_no_memory_for_a_single_row_says_what_to_do(saved, monkeypatch):

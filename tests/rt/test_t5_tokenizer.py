@@ -6,6 +6,9 @@ import random
 import warnings
 
 import pytest
+from transformers import T5Tokenizer as TheirTokenizer
+from transformers.convert_slow_tokenizer import T5Converter
+from transformers.utils import sentencepiece_model_pb2_new as proto
 
 from random_prompts import random_prompt
 from small_flow_checkpoints import t5_tokenizer
@@ -42,5 +45,42 @@ def test_what_does_not_fit_is_quoted_once(pair):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json and no spiece\.model"):
+        T5Tokenizer(tmp_path, 77)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    """A folder with a sentencepiece model alone, as T5 was first published; transformers writes and reads it."""
+    folder = tmp_path_factory.mktemp("spiece")
+    vocabulary = t5_tokenizer().get_vocab()
+    model = proto.ModelProto()
+    for piece in ("<pad>", "</s>", "<unk>"):
+        model.pieces.add(piece=piece, score=0.0)
+    for number, piece in enumerate(sorted(set(vocabulary) - {"<pad>", "</s>", "<unk>"})):
+        model.pieces.add(piece=piece, score=-1.5 - 0.01 * (number % 37))
+    model.trainer_spec.unk_id = 2
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    return folder
+
+
+def test_a_sentencepiece_model_equals_transformers_on_10000_strings(sentencepiece):
+    model = proto.ModelProto.FromString((sentencepiece / "spiece.model").read_bytes())
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    theirs = TheirTokenizer(**T5Converter.convert_from_spm(vocab=pieces))
+    ours = T5Tokenizer(sentencepiece, 64)
+    rng = random.Random(22)
+    prompts = ["", " ", "a  b", "</s>", "gaps <extra_id_0> <extra_id_99>"]
+    prompts += [random_prompt(rng) for _ in range(10_000)]
+    expected = theirs(prompts, padding="max_length", max_length=64, truncation=True)["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        actual = [ours(prompt)[0].tolist() for prompt in prompts]
+    assert actual == expected
+
+
+def test_a_damaged_sentencepiece_model_is_named(sentencepiece, tmp_path):
+    whole = (sentencepiece / "spiece.model").read_bytes()
+    (tmp_path / "spiece.model").write_bytes(whole[:-3])
+    with pytest.raises(CheckpointError, match=r"spiece\.model: unreadable tokenizer"):
         T5Tokenizer(tmp_path, 77)

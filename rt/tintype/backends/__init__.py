@@ -16,7 +16,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Backend(Protocol):
-    """What a pipeline asks of whoever runs its stages; arrays are numpy, whatever happens inside."""
+    """What a pipeline asks of whoever runs its stages.
+
+    Arrays are numpy, but for placed ones: those are the backend's own, where it computes, and stay there between runs.
+    """
 
     name: str
     batch_invariant: (
@@ -35,6 +38,30 @@ class Backend(Protocol):
 
     def run(self, stage: str, profile: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Run a stage, compiling it first where that has not happened."""
+
+    def place(self, array: NDArray[Any]) -> Any:
+        """An array where the backend computes."""
+
+    def run_placed(self, stage: str, profile: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a stage on placed arrays; what it gives is placed, too, and need not be there yet."""
+
+    def fetch(self, placed: Any) -> NDArray[np.float32]:
+        """A placed array as numpy's."""
+
+
+class OnHost:
+    """Placed arrays of a backend that computes where numpy's arrays are."""
+
+    def place(self, array: NDArray[Any]) -> Any:
+        return array
+
+    def run_placed(self, stage: str, profile: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        ran: dict[str, Any] = self.run(stage, profile, inputs)  # type: ignore[attr-defined]
+        return ran
+
+    def fetch(self, placed: Any) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = placed
+        return array
 
 
 @dataclass(frozen=True)

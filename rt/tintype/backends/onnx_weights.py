@@ -7,9 +7,9 @@ OpenVINO reads weights from the graph's own folder or from memory alone, so its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from tintype.errors import BundleError
+from tintype.protobuf import SIZED, fields, payloads
 
 # Field numbers of onnx.proto that lead to a tensor's external_data, by the message that they are in.
 _FIELDS = {
@@ -21,7 +21,6 @@ _FIELDS = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-_VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
 _EXTERNAL_DATA = 13
 _GRAPH, _OUTPUT, _NAME = 7, 12, 1  # of a model, a graph, a value's description
 # What onnxruntime writes in place of a file's name where the offset is an address, and others have learned to read.
@@ -29,14 +28,6 @@ IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
 
 Place = Callable[[str, int, "int | None"], "tuple[int, int]"]
 """(location, offset, length or None for the rest) -> (address, length)"""
-
-
-class _Field(NamedTuple):
-    """One field of a protobuf message: its number, its bytes where it is sized, and all that it is written as."""
-
-    number: int
-    payload: memoryview | None
-    whole: memoryview
 
 
 def weight_files(graph: bytes) -> set[str]:
@@ -55,21 +46,15 @@ def read_from_memory(graph: bytes, place: Place) -> bytes:
 
 def output_names(graph: bytes) -> list[str]:
     """What a graph calls its outputs, in its order."""
-    graphs = _payloads(memoryview(graph), _GRAPH)
-    infos = (info for each in graphs for info in _payloads(each, _OUTPUT))
-    return [bytes(name).decode() for info in infos for name in _payloads(info, _NAME)]
-
-
-def _payloads(message: memoryview, number: int) -> Iterator[memoryview]:
-    for field in _fields(message):
-        if field.number == number and field.payload is not None:
-            yield field.payload
+    graphs = payloads(memoryview(graph), _GRAPH)
+    infos = (info for each in graphs for info in payloads(each, _OUTPUT))
+    return [bytes(name).decode() for info in infos for name in payloads(info, _NAME)]
 
 
 def _moved(message: memoryview, kind: str, place: Place) -> bytes:
     parts: list[bytes | memoryview] = []
     entries: dict[str, str] = {}
-    for field in _fields(message):
+    for field in fields(message):
         inner = _FIELDS[kind].get(field.number)
         if inner is None or field.payload is None:
             parts.append(field.whole)
@@ -89,7 +74,7 @@ def _moved(message: memoryview, kind: str, place: Place) -> bytes:
 
 
 def _entries(message: memoryview, kind: str) -> Iterator[memoryview]:
-    for field in _fields(message):
+    for field in fields(message):
         inner = _FIELDS[kind].get(field.number)
         if field.payload is None or inner is None:
             continue
@@ -101,44 +86,12 @@ def _entries(message: memoryview, kind: str) -> Iterator[memoryview]:
 
 def _entry(message: memoryview) -> tuple[str, str]:
     """A pair of texts, each empty where it is not written."""
-    texts = {field.number: bytes(field.payload or b"").decode() for field in _fields(message)}
+    texts = {field.number: bytes(field.payload or b"").decode() for field in fields(message)}
     return texts.get(1, ""), texts.get(2, "")
 
 
-def _fields(message: memoryview) -> Iterator[_Field]:
-    position = 0
-    while position < len(message):
-        begin = position
-        tag, position = _varint(message, position)
-        kind, payload = tag & 7, None
-        if kind == _SIZED:
-            size, position = _varint(message, position)
-            if position + size > len(message):
-                raise IndexError("a field is longer than its message")
-            payload = message[position : position + size]
-            position += size
-        elif kind == _VARINT:
-            _, position = _varint(message, position)
-        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-            position += 8 if kind == _EIGHT_BYTES else 4
-        else:
-            raise IndexError(f"field of unknown kind {kind}")
-        yield _Field(tag >> 3, payload, message[begin:position])
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-
-
 def _sized(number: int, payload: bytes) -> bytes:
-    return _as_varint(number << 3 | _SIZED) + _as_varint(len(payload)) + payload
+    return _as_varint(number << 3 | SIZED) + _as_varint(len(payload)) + payload
 
 
 def _as_varint(value: int) -> bytes:

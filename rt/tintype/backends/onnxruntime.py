@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -12,6 +15,14 @@ from tintype.backends.graphs import graph_file, read_graph
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 
+# What a bundle's precision does without. int8: a product fused with its bias has no kernel that gives float32, so both
+# would be computed in float32. fp8: what is fused for int8 is fused for e4m3, too, which no kernel takes. int4: the
+# products' inputs would be rounded to int8, and the bundle says that weights alone are rounded.
+_UNFUSED = {"int8": ["MatMulAddFusion"]}
+_ENTRIES = {
+    "fp8": {"session.disable_quant_qdq": "1"},
+    "int4": {"session.qdq_matmulnbits_accuracy_level": "1"},
+}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -40,8 +51,10 @@ class OnnxRuntimeBackend:
             )
         self.bundle = bundle
         self._provider = _provider(device)
-        on_cpu = self._provider == _PROVIDERS["cpu"]
-        self.batch_invariant = on_cpu if batch_invariant is None else batch_invariant
+        kind, _, number = device.partition(":")
+        self._place = (kind, int(number or 0))  # as onnxruntime names where an array lies
+        self._on_host = self._provider == _PROVIDERS["cpu"]
+        self.batch_invariant = self._on_host if batch_invariant is None else batch_invariant
         self._sessions = Compiled(self._open)
 
     @property
@@ -59,6 +72,28 @@ class OnnxRuntimeBackend:
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
+    def place(self, array: NDArray[Any]) -> Any:
+        if self._on_host:
+            return array
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *self._place)
+
+    def run_placed(self, stage: str, profile: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        if self._on_host:
+            return self.run(stage, profile, inputs)
+        session = self._sessions.get((stage, profile))
+        names = [output.name for output in session.get_outputs()]
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, *self._place)
+        session.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def fetch(self, placed: Any) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = placed if self._on_host else placed.numpy()
+        return array
+
     def _open(self, key: tuple[str, str]) -> ort.InferenceSession:
         relative = graph_file(self.bundle.stages, *key)
         options = ort.SessionOptions()
@@ -70,9 +105,14 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.bundle.folder)
         )
+        for name, value in _ENTRIES.get(self.bundle.precision, {}).items():
+            options.add_session_config_entry(name, value)
+        unfused = _UNFUSED.get(self.bundle.precision)
         graph = read_graph(self.bundle, relative)
         try:
-            return ort.InferenceSession(graph, options, providers=[self._provider])
+            return ort.InferenceSession(
+                graph, options, providers=[self._provider], disabled_optimizers=unfused
+            )
         except Exception as error:  # onnxruntime's own classes share no public base
             raise BundleError(
                 f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"

@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from tintype.backends import Arrays
+from tintype.backends import Arrays, OnHost
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import MappedWeights, graph_file, read_graph
 from tintype.backends.onnx_weights import output_names, read_from_memory
@@ -57,7 +57,11 @@ class _Graph:
         return {name: results[port] for name, port in zip(self.outputs, ports, strict=True)}
 
 
-class OpenVinoBackend:
+# What a bundle is computed in unless the caller says otherwise. Beside products of codes, bfloat16 loses little.
+_AUTO = {**DTYPES, "int8": "bfloat16", "int4": "bfloat16"}
+
+
+class OpenVinoBackend(OnHost):
     """One compiled graph a (stage, profile), shared by all threads, each of which has a request of its own.
 
     `dtype` is what is computed in. "auto" is what the bundle was exported in, where the device computes in that, and
@@ -118,7 +122,12 @@ class OpenVinoBackend:
         return _Graph(compiled, output_names(graph))
 
     def _options(self, dtype: str) -> dict[str, Any]:
-        options = {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _HINTS[dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        # It would round the inputs of products whose weights alone are kept in codes.
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         if os.environ.get(CACHE_VARIABLE, "0") != "0":
             options["CACHE_DIR"] = str(cache_folder() / "openvino")
         if self._device != "CPU":
@@ -131,7 +140,7 @@ class OpenVinoBackend:
         runs = ["float32", *(name for name, has in _CAPABILITY.items() if has in capabilities)]
         name = DTYPES.get(wanted, wanted)
         if name == "auto":
-            stored = DTYPES.get(self.bundle.precision, "float32")
+            stored = _AUTO.get(self.bundle.precision, "float32")
             return stored if stored in runs else "float32"
         if name not in _HINTS:
             raise RequestError(

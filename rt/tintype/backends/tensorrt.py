@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import threading
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,39 +24,46 @@ _ONNX = "run the bundle's ONNX form with backend='onnxruntime'"
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """One of an engine's inputs or outputs, and its place on the GPU."""
+class _Face:
+    """What one of an engine's inputs or outputs takes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """An array on the GPU, whose memory goes back to the pool with it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     address: int
 
 
+class _Pool:
+    """Memory on the GPU that is used again. Work is in one stream's order, so nothing waits for what read it last."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._idle: dict[int, list[int]] = {}
+
+    def take(self, face: _Face) -> _Placed:
+        size = int(np.prod(face.shape)) * face.dtype.itemsize
+        idle = self._idle.setdefault(size, [])
+        placed = _Placed(
+            face.shape, face.dtype, idle.pop() if idle else self._device.allocate(size)
+        )
+        weakref.finalize(placed, idle.append, placed.address)
+        return placed
+
+
 @dataclass(frozen=True)
 class _Engine:
-    """A loaded engine with buffers of its own, which one request at a time uses."""
+    """A loaded engine, which one request at a time uses."""
 
     context: Any
-    inputs: dict[str, _Tensor]
-    outputs: dict[str, _Tensor]
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self, device: Device, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
-        given = {
-            name: np.ascontiguousarray(arrays[name], tensor.dtype)
-            for name, tensor in self.inputs.items()
-        }
-        results = {name: np.empty(each.shape, each.dtype) for name, each in self.outputs.items()}
-        with self.lock:
-            device.make_current()
-            for name, array in given.items():
-                device.copy_in(self.inputs[name].address, array)
-            if not self.context.execute_async_v3(device.stream):
-                raise TintypeError("TensorRT did not run the engine; its log says why")
-            for name, array in results.items():
-                device.copy_out(array, self.outputs[name].address)
-            device.wait()
-        return results
+    inputs: dict[str, _Face]
+    outputs: dict[str, _Face]
 
 
 class TensorRtBackend:
@@ -81,6 +90,10 @@ class TensorRtBackend:
         self.batch_invariant = bool(batch_invariant)
         self._trt = _imported(packages)
         self._device = Device(_index(device))
+        self._pool = _Pool(self._device)
+        self._lock = (
+            threading.Lock()
+        )  # one stream, and an engine's context holds one request's addresses
         self._stages = matching_engines(bundle, self._device.architecture, self._trt.__version__)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._engines = Compiled(self._open)
@@ -96,7 +109,40 @@ class TensorRtBackend:
         self._engines.begin((stage, profile))
 
     def run(self, stage: str, profile: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        return self._engines.get((stage, profile)).run(self._device, inputs)
+        faces = self._engines.get((stage, profile)).inputs
+        given = {name: np.asarray(inputs[name], face.dtype) for name, face in faces.items()}
+        placed = {name: self.place(array) for name, array in given.items()}
+        outputs = self.run_placed(stage, profile, placed)
+        return {name: self.fetch(each) for name, each in outputs.items()}
+
+    def place(self, array: NDArray[Any]) -> _Placed:
+        array = np.ascontiguousarray(array)
+        with self._lock:
+            self._device.make_current()
+            placed = self._pool.take(_Face(array.shape, array.dtype))
+            self._device.copy_in(placed.address, array)
+        return placed
+
+    def run_placed(
+        self, stage: str, profile: str, inputs: Mapping[str, _Placed]
+    ) -> dict[str, _Placed]:
+        engine = self._engines.get((stage, profile))
+        with self._lock:
+            self._device.make_current()
+            outputs = {name: self._pool.take(face) for name, face in engine.outputs.items()}
+            for name, placed in (*((n, inputs[n]) for n in engine.inputs), *outputs.items()):
+                engine.context.set_tensor_address(name, placed.address)
+            if not engine.context.execute_async_v3(self._device.stream):
+                raise TintypeError("TensorRT did not run the engine; its log says why")
+        return outputs
+
+    def fetch(self, placed: _Placed) -> NDArray[np.float32]:
+        array = np.empty(placed.shape, placed.dtype)
+        with self._lock:
+            self._device.make_current()
+            self._device.copy_out(array, placed.address)
+            self._device.wait()
+        return array
 
     def _open(self, key: tuple[str, str]) -> _Engine:
         relative = graph_file(self._stages, *key)
@@ -105,20 +151,16 @@ class TensorRtBackend:
         if engine is None:
             raise BundleError(f"{self.bundle.folder}: TensorRT does not load {relative}; {_ONNX}")
         context = engine.create_execution_context()
-        inputs: dict[str, _Tensor] = {}
-        outputs: dict[str, _Tensor] = {}
+        inputs: dict[str, _Face] = {}
+        outputs: dict[str, _Face] = {}
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
-            tensor = self._tensor(engine, name)
-            context.set_tensor_address(name, tensor.address)
             given = engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
-            (inputs if given else outputs)[name] = tensor
+            (inputs if given else outputs)[name] = self._face(engine, name)
         return _Engine(context, inputs, outputs)
 
-    def _tensor(self, engine: Any, name: str) -> _Tensor:
+    def _face(self, engine: Any, name: str) -> _Face:
         shape = tuple(int(side) for side in engine.get_tensor_shape(name))
-        dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name)))
-        size = int(np.prod(shape)) * dtype.itemsize
-        return _Tensor(shape, dtype, self._device.allocate(size))
+        return _Face(shape, np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))))
 
 
 def require_engines(bundle: Bundle) -> set[str]:

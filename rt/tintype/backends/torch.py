@@ -1,9 +1,10 @@
-"""Runs a checkpoint's stages eagerly in PyTorch: any size, any batch, no export needed."""
+"""Runs a checkpoint's stages in PyTorch: any size, any batch, no export needed."""
 
 from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tintype.backends import Arrays
+from tintype.backends import Arrays, offloading
+from tintype.backends.execution import Call, check_execution, prepared
 from tintype.checkpoints import Checkpoint
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
-from tintype.models.stages import DecodeStage, Stage, TextEncodeStage, build_stage, stage_names
+from tintype.models.stages import (
+    STEPS,
+    DecodeStage,
+    EncodeImageStage,
+    Stage,
+    StepStage,
+    TextEncodeStage,
+    build_stage,
+    stage_component,
+    stage_names,
+    step_stage,
+)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -33,7 +46,9 @@ class TorchBackend:
     """Stages are loaded at first use and shared by all threads.
 
     With `batch_invariant` (None: on CPU) every row runs by itself, so that a picture's bytes do not depend on
-    what else is in its batch.
+    what else is in its batch. `offload` is where weights wait that are not in use (see `backends.offloading`);
+    with `vae_tiling` pictures are encoded and decoded in overlapping tiles. `execution` is eager, compiled or graph
+    (see `backends.execution`).
     """
 
     name = "torch"
@@ -45,9 +60,15 @@ class TorchBackend:
         device: str = "auto",
         dtype: str = "auto",
         batch_invariant: bool | None = None,
+        offload: str | None = None,
+        vae_tiling: bool = False,
+        execution: str = "eager",
     ) -> None:
         self.checkpoint = checkpoint
         self.device = _device(device)
+        self._offload = offloading.offload(offload, self.device)
+        self._tiled = vae_tiling
+        self._execution = check_execution(execution, self.device, offloaded=offload is not None)
         self.dtype = _dtype(dtype, self.device)
         self.batch_invariant = (
             self.device.type == "cpu" if batch_invariant is None else batch_invariant
@@ -55,6 +76,7 @@ class TorchBackend:
         self._fitting: dict[str, int] = {}  # most rows of a stage that fitted where more did not
         self._stages: dict[tuple[str, torch.dtype], Stage] = {}
         self._components: dict[tuple[str, torch.dtype], nn.Module] = {}
+        self._calls: dict[tuple[str, torch.dtype], Call] = {}
         self._lock = threading.RLock()
 
     @property
@@ -63,6 +85,10 @@ class TorchBackend:
 
     def profiles(self, stage: str) -> None:
         """Every shape runs."""
+
+    def module(self, stage: str) -> Stage:
+        """The module that runs a stage; what is hooked to it sees every run."""
+        return self._stage(stage, self.dtype)
 
     def inputs(self, stage: str) -> tuple[str, ...]:
         """The names of what a stage takes."""
@@ -76,7 +102,18 @@ class TorchBackend:
         module = self._stage(stage, self.dtype)
         if isinstance(module, TextEncodeStage):
             _check_ids(stage, inputs["input_ids"], module.encoder.config.vocab_size)
-        tensors = [torch.tensor(inputs[name]) for name in module.inputs]
+        placed = {name: self.place(inputs[name]) for name in module.inputs}
+        outputs = self.run_placed(stage, profile, placed)
+        return {name: self.fetch(tensor) for name, tensor in outputs.items()}
+
+    def place(self, array: NDArray[Any]) -> Tensor:
+        return torch.tensor(array, device=self.device)
+
+    def run_placed(
+        self, stage: str, profile: str, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        module = self._stage(stage, self.dtype)
+        tensors = [inputs[name] for name in module.inputs]
         rows = len(tensors[0])
         size = 1 if self.batch_invariant else min(rows, self._fitting.get(stage, rows))
         try:
@@ -84,8 +121,12 @@ class TorchBackend:
         except torch.OutOfMemoryError as error:
             size = self._halved(stage, size, error)
             parts = self._run_parts(stage, tensors, size)
-        outputs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+        outputs = (torch.cat(column) for column in zip(*parts, strict=True))
         return dict(zip(module.outputs, outputs, strict=True))
+
+    def fetch(self, placed: Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = placed.cpu().numpy()
+        return array
 
     def _run_parts(self, stage: str, tensors: list[Tensor], size: int) -> list[tuple[Tensor, ...]]:
         rows = len(tensors[0])
@@ -95,19 +136,23 @@ class TorchBackend:
 
     def _halved(self, stage: str, size: int, error: Exception) -> int:
         """Half as many rows at a time, from now on; an error where there is no half."""
-        if size == 1:
+        module = self._stage(stage, self.dtype)
+        if size == 1 and isinstance(module, StepStage) and module.guided and not module.apart:
+            module.apart = True
+        elif size == 1:
             raise TintypeError(
                 f"stage {stage} does not fit into memory; ask for a smaller picture or a 16-bit dtype"
             ) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._fitting[stage] = size // 2
+        self._fitting[stage] = smaller = max(1, size // 2)
         warnings.warn(
-            f"stage {stage} ran out of memory with a batch of {size} and goes on with {size // 2}",
+            f"stage {stage} ran out of memory with a batch of {size} and goes on with "
+            f"{'one row of its pair' if size == 1 else smaller}",
             RuntimeWarning,
             stacklevel=3,
         )
-        return size // 2
+        return smaller
 
     def _run_rows(self, stage: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run rows together; those that overflow 16 bits run again in float32."""
@@ -130,8 +175,15 @@ class TorchBackend:
 
     def _call(self, stage: str, dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         with torch.inference_mode():
-            outputs = self._stage(stage, dtype)(*(tensor.to(self.device) for tensor in inputs))
-            return tuple(o.cpu() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
+            outputs = self._prepared(stage, dtype)(*inputs)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def _prepared(self, name: str, dtype: torch.dtype) -> Call:
+        with self._lock:
+            if (name, dtype) not in self._calls:
+                stage = self._stage(name, dtype)
+                self._calls[name, dtype] = prepared(stage, self._execution, self.device)
+            return self._calls[name, dtype]
 
     def _stage(self, name: str, dtype: torch.dtype) -> Stage:
         if name not in self.stages:
@@ -140,19 +192,28 @@ class TorchBackend:
             )
         with self._lock:
             if (name, dtype) not in self._stages:
-                stage = build_stage(
-                    name, self.checkpoint.components, lambda part: self._component(part, dtype)
-                )
+                stage = self._built(name, dtype)
+                if self._offload is not None and not isinstance(stage, StepStage):
+                    part = stage_component(name, self.checkpoint.components)
+                    self._offload.attach(stage, self._component(part, dtype))
+                if isinstance(stage, (DecodeStage, EncodeImageStage)):
+                    stage.tiled = self._tiled
                 if isinstance(stage, DecodeStage):
                     stage.keep_overflow = dtype != torch.float32
                 self._stages[name, dtype] = stage.eval()
             return self._stages[name, dtype]
 
+    def _built(self, name: str, dtype: torch.dtype) -> Stage:
+        if name in STEPS:
+            return step_stage(name, self._stage("denoise", dtype))
+        return build_stage(
+            name, self.checkpoint.components, lambda part: self._component(part, dtype)
+        )
+
     def _component(self, name: str, dtype: torch.dtype) -> nn.Module:
         if (name, dtype) not in self._components:
-            self._components[name, dtype] = load_component(
-                self.checkpoint, name, dtype, self.device
-            )
+            home = self.device if self._offload is None else "cpu"
+            self._components[name, dtype] = load_component(self.checkpoint, name, dtype, home)
         return self._components[name, dtype]
 
 
@@ -160,8 +221,12 @@ def load_component(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """A checkpoint's module, made safe for float16 where it says that it overflows."""
-    module = checkpoint.component(name, dtype, device)
-    upcast = checkpoint.configs[name].get("force_upcast", False)
+    return made_safe(checkpoint.component(name, dtype, device), checkpoint.configs[name], dtype)
+
+
+def made_safe(module: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The module, its residual stream scaled down where its configuration says that float16 overflows."""
+    upcast = config.get("force_upcast", False)
     if isinstance(module, AutoencoderKL) and upcast and dtype == torch.float16:
         scale_residual_stream(module.decoder, _RESIDUAL_SCALE)
     return module

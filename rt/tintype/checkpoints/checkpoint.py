@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from tintype.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from tintype.checkpoints.lora import Lora
 
 STEPS = 50
 GUIDANCE = {"sd": 7.5, "sdxl": 5.0}
@@ -34,7 +36,8 @@ class Checkpoint:
     `tokenizer_folders` has one folder a text encoder. `defaults` holds `height`, `width`,
     `num_inference_steps`, `guidance_scale`, `force_zeros_for_empty_prompt`, `latent_channels`,
     `latent_factor`, `denoiser_channels` (9 where the model inpaints), and for flow transformers
-    `size_multiple` (pixels), `text_width`, `text_tokens` (of T5) and `guidance_embeds`.
+    `size_multiple` (pixels), `text_width`, `pooled_width`, `text_tokens` (of T5), `guidance_embeds` and
+    `left_out`, the encoders' stages that zeros stand in for. `loras` are added to the weights as these are read.
     """
 
     family: str
@@ -43,11 +46,43 @@ class Checkpoint:
     scheduler_config: dict[str, Any]
     tokenizer_folders: tuple[Path, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """The `config.json` of every component."""
         return {name: component.config for name, component in self.components.items()}
+
+    def without(self, encoders: Collection[str]) -> Checkpoint:
+        """The checkpoint without these text encoders, which are then never read.
+
+        Raises CheckpointError for what the model does not run without.
+        """
+        possible = [name for name in self.components if name.startswith("text_encoder")]
+        refused = [name for name in encoders if name not in possible or self.family != "sd3"]
+        if refused or len(set(encoders)) == len(possible):
+            named = ", ".join(possible) if self.family == "sd3" else "nothing"
+            raise CheckpointError(
+                f"{self.source} cannot be loaded without {', '.join(refused or encoders)}; "
+                f"a {self.family} runs without {named}{', but not all of them' * (not refused)}"
+            )
+        kept = [name for name in possible if name not in encoders]
+        folders = dict(zip(possible, self.tokenizer_folders, strict=True))
+        stages = [encoder_stage(name) for name in possible if name in encoders]
+        return replace(
+            self,
+            components={n: part for n, part in self.components.items() if n not in encoders},
+            tokenizer_folders=tuple(folders[name] for name in kept),
+            defaults={**self.defaults, "left_out": [*self.defaults.get("left_out", ()), *stages]},
+        )
+
+    def with_loras(self, loras: Iterable[Lora]) -> Checkpoint:
+        """The checkpoint with these low-rank updates; CheckpointError where one does not fit."""
+        from tintype.checkpoints.lora import check_loras
+
+        added = tuple(loras)
+        check_loras(self, added)
+        return replace(self, loras=(*self.loras, *added))
 
     def component(
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -67,7 +102,27 @@ class Checkpoint:
 
         part = self.components[name]
         build = builder(name, part.architecture, part.config)
-        return load_module(name, build, part.weights, dtype=dtype or torch.float32, device=device)
+        module = load_module(name, build, part.weights, dtype=dtype or torch.float32, device=device)
+        if self.loras:
+            from tintype.checkpoints.lora import merge_loras
+
+            merge_loras(self, name, module, self.loras)
+        return module
+
+    def skeleton(self, name: str, dtype: torch.dtype) -> nn.Module:
+        """A component whose weights are never read: names, shapes and types on torch's default device."""
+        from tintype.checkpoints.architectures import builder
+
+        part = self.components[name]
+        module = builder(name, part.architecture, part.config)()
+        state = {name: value.to(dtype) for name, value in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        return module.eval()
+
+
+def encoder_stage(component: str) -> str:
+    """The stage that a text encoder is: text_encoder_2 is encode_2."""
+    return component.replace("text_encoder", "encode")
 
 
 def default_settings(
@@ -118,5 +173,6 @@ def flow_settings(
         "denoiser_channels": channels,
         "size_multiple": factor * patch,
         "text_width": transformer["joint_attention_dim"],
+        "pooled_width": transformer["pooled_projection_dim"],
         "guidance_embeds": embeds,
     }

@@ -12,6 +12,7 @@ from tintype.checkpoints.checkpoint import (
     Checkpoint,
     Component,
     default_settings,
+    encoder_stage,
     flow_settings,
 )
 from tintype.checkpoints.files import (
@@ -64,7 +65,7 @@ _LAYOUTS = (
             "text_encoder_2": ("CLIPTextModelWithProjection",),
             "text_encoder_3": _T5,
         },
-        optional=("text_encoder_3",),
+        optional=("text_encoder", "text_encoder_2", "text_encoder_3"),
     ),
     _Layout(
         "flux",
@@ -88,19 +89,25 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     present = {name for name, value in index.items() if isinstance(value, list) and value[-1]}
     absent = [name for name in layout.classes if name not in (*present, *layout.optional)]
     if absent:
-        raise CheckpointError(f"{folder / INDEX} lacks {', '.join(absent)}")
+        raise CheckpointError(
+            f"{folder / INDEX} lacks {', '.join(absent)}, which a {layout.family} needs"
+        )
     components = {
         name: _component(folder / name, name, index[name][-1], classes, allow_pickle)
         for name, classes in layout.classes.items()
         if name in present
     }
     encoders = [name for name in components if name.startswith("text_encoder")]
+    if not encoders:
+        raise CheckpointError(f"{folder / INDEX} names no text encoder; add text_encoder")
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Checkpoint(
         family=layout.family,
         source=folder,
         components=components,
-        scheduler_config=_scheduler_config(folder, layout.family),
+        scheduler_config=scheduler_config(
+            read_json(folder / "scheduler" / "scheduler_config.json"), layout.family
+        ),
         tokenizer_folders=tuple(existing_folder(folder / name) for name in tokenizers),
         defaults=_defaults(layout.family, components, index),
     )
@@ -114,10 +121,25 @@ def _layout(folder: Path, pipeline: str | None) -> _Layout:
     raise CheckpointError(f"{folder / INDEX} names {pipeline}; supported: {supported}")
 
 
-def _scheduler_config(folder: Path, family: str) -> dict[str, Any]:
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+def components_of(family: str) -> tuple[str, ...]:
+    """The components that a family may have, text encoders in their order."""
+    return tuple(_classes(family))
+
+
+def component_beside(folder: Path, family: str, *, allow_pickle: bool) -> Component:
+    """The component in a folder that is named for it, of the class that the family has there."""
+    classes = _classes(family)[folder.name]
+    return _component(folder, folder.name, classes[0], classes, allow_pickle)
+
+
+def _classes(family: str) -> Mapping[str, tuple[str, ...]]:
+    return next(layout.classes for layout in _LAYOUTS if layout.family == family)
+
+
+def scheduler_config(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """A family's scheduler as configured, with what its published pipelines add."""
     # What diffusers' FLUX pipelines hand to any scheduler: the last step starts at one step's time.
-    return {**config, "flow_last_time": "step"} if family == "flux" else config
+    return {**config, "flow_last_time": "step"} if family == "flux" else dict(config)
 
 
 def _defaults(
@@ -125,7 +147,12 @@ def _defaults(
 ) -> dict[str, Any]:
     vae = components["vae"].config
     if family != "latent_unet":
-        return flow_settings(family, components["transformer"].config, vae)
+        # One that is named and null was left out; one that is not named the model never had.
+        null = [
+            name for name in index if name.startswith("text_encoder") and name not in components
+        ]
+        settings = flow_settings(family, components["transformer"].config, vae)
+        return {**settings, "left_out": [encoder_stage(name) for name in null]}
     zeros = bool(index.get("force_zeros_for_empty_prompt", "XL" in index["_class_name"]))
     return default_settings(components["unet"].config, vae, force_zeros=zeros)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from tintype.errors import CheckpointError
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 _MOST_HEADER_BYTES = 100_000_000  # what the format itself allows
+_SCALE = "scale_weight"  # beside "weight", in files of scaled float8
 _LAYOUT = 8  # the header's length, a little-endian u64, comes first
 
 
@@ -22,16 +23,23 @@ class Target(NamedTuple):
     name: str
     part: int = 0  # the part-th of `parts` equal cuts along the first axis
     parts: int = 1
+    span: int = 1  # how many of those cuts it takes
     transposed: bool = False
+    swapped: bool = False  # its two halves stand the other way round
     squeezed: bool = False  # a 1x1 convolution is stored where we hold a linear layer
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the piece has for a stored tensor of shape `stored`."""
         cuts = self.parts > 1 and stored and stored[0] % self.parts == 0
-        shape = (stored[0] // self.parts, *stored[1:]) if cuts else stored
+        shape = (self.span * stored[0] // self.parts, *stored[1:]) if cuts else stored
         if self.squeezed and set(shape[2:]) <= {1}:
             shape = shape[:2]
         return shape[::-1] if self.transposed else shape
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the stored bytes are the parameter's own, in its order."""
+        return self.parts == 1 and not self.transposed and not self.swapped
 
 
 Translate = Callable[[str], tuple[Target, ...]]
@@ -43,6 +51,23 @@ def same_name(key: str) -> tuple[Target, ...]:
     return (Target(key),)
 
 
+def within(prefix: str, translate: Translate, key: str) -> tuple[Target, ...]:
+    """The translation of a file that has many components, one below each prefix."""
+    return translate(key.removeprefix(prefix)) if key.startswith(prefix) else ()
+
+
+def tokenizers_beside(path: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """The folders of these names beside a single file."""
+    folders = tuple(path.parent / name for name in names)
+    for folder in folders:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{path} is a single file, which holds no tokenizer, and {folder} is missing; put "
+                f"the model's {folder.name} folder there, or load the model by its hub id"
+            )
+    return folders
+
+
 @dataclass(frozen=True)
 class Weights:
     """The files that hold one component's tensors, and the names that those have there."""
@@ -50,6 +75,16 @@ class Weights:
     files: tuple[Path, ...]
     translate: Translate = same_name
     allow_pickle: bool = False
+
+
+def scale_of(key: str) -> str:
+    """Where the factor lies that a weight in 8 bits was divided by, if it was."""
+    return f"{key.removesuffix('weight')}{_SCALE}"
+
+
+def is_scale(key: str) -> bool:
+    """Whether a key holds no parameter but what belongs to weights in 8 bits."""
+    return key.endswith((f".{_SCALE}", ".scale_input")) or key == "scaled_fp8"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Diffusion 1, 64 channels a head since), 32 groups in every normalisation, and ac
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -71,7 +72,9 @@ def _unet_levels(shapes: Shapes) -> list[list[tuple[int, int]]]:
     return levels
 
 
-def vae_config(shapes: Shapes, *, sample_size: int, scaling_factor: float) -> Config:
+def vae_config(
+    shapes: Shapes, *, sample_size: int, scaling_factor: float, shift_factor: float | None = None
+) -> Config:
     """`shapes` are those below `first_stage_model.`."""
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     return {
@@ -84,6 +87,68 @@ def vae_config(shapes: Shapes, *, sample_size: int, scaling_factor: float) -> Co
         ],
         "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+def sd3_config(shapes: Shapes) -> Config:
+    """`shapes` are those of the transformer; a head has 64 channels where no norm of queries says otherwise."""
+    width, text = shapes["context_embedder.weight"]
+    _, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
+    head = norm[0] if norm else _HEAD_CHANNELS
+    layers = _count(shapes, r"joint_blocks\.(\d+)\.")
+    return {
+        "sample_size": 128,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
+        "num_layers": layers,
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": text,
+        "caption_projection_dim": width,
+        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+        "pos_embed_max_size": math.isqrt(shapes["pos_embed"][1]),
+        "dual_attention_layers": [
+            i for i in range(layers) if f"joint_blocks.{i}.x_block.attn2.proj.weight" in shapes
+        ],
+        "qk_norm": "rms_norm" if norm else None,
+    }
+
+
+def flux_config(shapes: Shapes) -> Config:
+    """`shapes` are those of the transformer."""
+    width, channels = shapes["img_in.weight"]
+    (head,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+    return {
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0],
+        "num_layers": _count(shapes, r"double_blocks\.(\d+)\."),
+        "num_single_layers": _count(shapes, r"single_blocks\.(\d+)\."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+    }
+
+
+def t5_config(shapes: Shapes) -> Config:
+    """T5's encoder under transformers' names."""
+    words, width = shapes["shared.weight"]
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return {
+        "vocab_size": words,
+        "d_model": width,
+        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": _count(shapes, r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
     }
 
 

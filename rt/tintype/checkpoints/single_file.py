@@ -1,4 +1,4 @@
-"""Single files in the original layout: Stable Diffusion 1, 2 and XL and their inpainting variants.
+"""Single files in the original layout: Stable Diffusion 1, 2 and XL, their inpainting variants, and flow models.
 
 The kind is told by the text encoders' keys, the sizes by the shapes. Two things are not in such a
 file. Its tokenizers are looked for beside it (`tokenizer/`, for XL also `tokenizer_2/`). And whether
@@ -25,6 +25,8 @@ from tintype.checkpoints.files import (
     check_pickle,
     read_json,
     safetensors_shapes,
+    tokenizers_beside,
+    within,
 )
 from tintype.checkpoints.original_config import (
     Shapes,
@@ -35,6 +37,7 @@ from tintype.checkpoints.original_config import (
     vae_config,
 )
 from tintype.checkpoints.original_keys import open_clip_key, unet_key, vae_key
+from tintype.checkpoints.single_file_flow import is_flow, open_flow
 from tintype.errors import CheckpointError
 
 _UNET = "model.diffusion_model."
@@ -89,6 +92,8 @@ def open_file(path: Path, *, allow_pickle: bool) -> Checkpoint:
     """Open a single file in the original layout."""
     check_pickle(path, allow_pickle)
     shapes = _shapes(path)
+    if is_flow(shapes):
+        return open_flow(path, shapes, allow_pickle=allow_pickle)
     kind = _kind(path, shapes)
     prediction = _prediction_type(path, kind, shapes)
     try:
@@ -103,7 +108,7 @@ def open_file(path: Path, *, allow_pickle: bool) -> Checkpoint:
         source=path,
         components=components,
         scheduler_config=read_json(own) if own.is_file() else _scheduler(kind, prediction),
-        tokenizer_folders=_tokenizers(path, kind),
+        tokenizer_folders=tokenizers_beside(path, ("tokenizer", "tokenizer_2")[: len(kind.text)]),
         defaults=default_settings(
             components["unet"].config, components["vae"].config, force_zeros=kind.name == "SDXL"
         ),
@@ -124,7 +129,7 @@ def _kind(path: Path, shapes: Shapes) -> _Kind:
         if has_modules and all(any(k.startswith(t.prefix) for k in shapes) for t in kind.text):
             return kind
     raise CheckpointError(
-        f"{path} is no whole model in the original layout of {', '.join(k.name for k in _KINDS)}; "
+        f"{path} is no whole model in the original layout of {', '.join(k.name for k in _KINDS)}, SD3 or FLUX; "
         f"expected keys under {_UNET}*, {_VAE}* and those of its text encoder, such as "
         f"{_KINDS[0].text[0].prefix}*; found {', '.join(list(shapes)[:3]) or 'nothing'}, ..."
     )
@@ -157,7 +162,7 @@ def _components(
     sample_size = 64 if small else kind.sample_size
 
     def part(architecture: str, config: dict[str, Any], prefix: str, key: Translate) -> Component:
-        weights = Weights((path,), partial(_within, prefix, key), allow_pickle)
+        weights = Weights((path,), partial(within, prefix, key), allow_pickle)
         return Component(architecture, config, weights)
 
     texts = [_text_encoder(below(shapes, text.prefix), text) for text in kind.text]
@@ -197,10 +202,6 @@ def _bare(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
 
 
-def _within(prefix: str, translate: Translate, key: str) -> tuple[Target, ...]:
-    return translate(key.removeprefix(prefix)) if key.startswith(prefix) else ()
-
-
 def _scheduler(kind: _Kind, prediction: str) -> dict[str, Any]:
     """The configuration that the model was published with."""
     return {
@@ -215,16 +216,3 @@ def _scheduler(kind: _Kind, prediction: str) -> dict[str, Any]:
         "timestep_spacing": "leading",
         "prediction_type": prediction,
     }
-
-
-def _tokenizers(path: Path, kind: _Kind) -> tuple[Path, ...]:
-    names = ("tokenizer", "tokenizer_2")[: len(kind.text)]
-    folders = tuple(path.parent / name for name in names)
-    for folder in folders:
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{path} is a single file, which holds no tokenizer, and {folder} is missing; put "
-                f"the model's {folder.name} folder (vocab.json, merges.txt) there, or load the "
-                "model by its hub id"
-            )
-    return folders

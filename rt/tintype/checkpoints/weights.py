@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ from tintype.checkpoints.files import (
     Target,
     Weights,
     check_pickle,
+    is_scale,
     safetensors_shapes,
+    scale_of,
 )
 from tintype.errors import CheckpointError
 
@@ -50,6 +52,7 @@ def load_module(
         target.name: _Piece(number, key, target, target.shape(stored))
         for number, file in enumerate(shapes)
         for key, stored in file.items()
+        if not is_scale(key)
         for target in weights.translate(key)
     }
     _check_complete(name, expected, pieces, weights.files)
@@ -59,6 +62,17 @@ def load_module(
         state.update(_read(path, wanted, dtype, device))
     module.load_state_dict(state, assign=True)
     return module.eval()
+
+
+def parameters(weights: Weights, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters that lie in one of the safetensors files, each read as it is asked for, in its stored type."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for key in file.keys():  # noqa: SIM118 - it is no mapping
+            if is_scale(key):
+                continue
+            for target in weights.translate(key):
+                stored = _stored(file, key)
+                yield target.name, _cut(stored, target, stored.dtype, "cpu")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -97,10 +111,20 @@ def _read(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {
-                p.target.name: _cut(file.get_tensor(p.key), p.target, dtype, device) for p in pieces
+                p.target.name: _cut(_stored(file, p.key), p.target, dtype, device) for p in pieces
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+
+
+def _stored(file: Any, key: str) -> Tensor:
+    """A tensor of an open safetensors file; one in 8 bits may have a scale beside it."""
+    stored: Tensor = file.get_tensor(key)
+    scale = scale_of(key)
+    if stored.element_size() > 1 or scale not in file.keys():  # noqa: SIM118 - it is no mapping
+        return stored
+    factor: Tensor = file.get_tensor(scale)
+    return stored.float() * factor
 
 
 def _cut(stored: Tensor, target: Target, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -108,12 +132,19 @@ def _cut(stored: Tensor, target: Target, dtype: torch.dtype, device: torch.devic
         raise CheckpointError(
             f"{target.name} is stored as {stored.dtype}; expected floating-point weights"
         )
-    piece = stored.chunk(target.parts)[target.part] if target.parts > 1 else stored
+    cuts = stored.chunk(target.parts) if target.parts > 1 else (stored,)
+    piece = cuts[0] if len(cuts) == 1 else _joined(cuts[target.part : target.part + target.span])
+    if target.swapped:
+        piece = torch.cat(piece.chunk(2)[::-1])
     if target.squeezed and piece.ndim > 2:
         piece = piece.flatten(1)
     if target.transposed:
         piece = piece.t()
     return piece.to(device=device, dtype=dtype).contiguous()
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _check_complete(

@@ -40,6 +40,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures to make")
     parser.add_argument("--scheduler", help="see `tintype schedulers`")
     parser.add_argument("--backend", default="auto", help="see `tintype inspect`")
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="low-rank updates of a checkpoint's weights",
+    )
     parser.add_argument("--init", type=Path, metavar="IMAGE", help="a picture to begin from")
     parser.add_argument(
         "--mask", type=Path, metavar="IMAGE", help="where to paint it anew: white on black"
@@ -55,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     import tintype
 
     begin = time.perf_counter()
-    pipeline = tintype.load(options.model, backend=options.backend)
+    pipeline = tintype.load(options.model, backend=options.backend, lora=options.lora)
     loaded = time.perf_counter() - begin
     width, height = options.size or (None, None)
     asked = {

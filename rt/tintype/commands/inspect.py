@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tintype.errors import BackendUnavailable
+from tintype.commands.output import picture_size
+from tintype.errors import BackendUnavailable, RequestError
 
 
 def register(subparsers: Any) -> None:
@@ -18,6 +19,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "model", nargs="?", default="postcard", help="what `tintype generate -m` takes"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="what a picture takes on torch, at every setting"
+    )
+    parser.add_argument(
+        "--size", type=picture_size, metavar="WxH", help="of that picture; the model's own"
+    )
+    parser.add_argument("--dtype", default="auto", help="of that picture's weights")
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -25,6 +33,8 @@ def register(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the report."""
     report = inspect(options.model)
+    if options.memory:
+        report["memory"] = memory(options.model, options.size, options.dtype)
     print(json.dumps(report) if options.json else "\n".join(_lines(report)))
 
 
@@ -45,6 +55,30 @@ def inspect(model: str) -> dict[str, Any]:
         "auto": _choice(kind),
         "kernels": implementation(),
     }
+
+
+def memory(
+    model: str, size: tuple[int, int] | None = None, dtype: str = "auto"
+) -> list[dict[str, Any]]:
+    """Bytes at the fullest moment of every stage, one row a setting of `offload` and `vae_tiling`."""
+    from tintype.loading import is_checkpoint, open_source, resolve
+
+    path = resolve(model)
+    if path.is_dir() and not is_checkpoint(path):
+        raise RequestError(f"--memory is for checkpoints, which run on torch; {path} is a bundle")
+    try:
+        from tintype.memory import SETTINGS, predict
+    except ImportError as error:
+        raise BackendUnavailable(
+            f'--memory needs {error.name}, which is absent; install it with: pip install "tintype[torch]"'
+        ) from error
+    checkpoint, (width, height) = open_source(path), size or (None, None)
+    rows = []
+    for offload, tiling in SETTINGS:
+        setting: dict[str, Any] = {"offload": offload, "vae_tiling": tiling}
+        found = predict(checkpoint, width=width, height=height, dtype=dtype, **setting)
+        rows.append({**setting, **found})
+    return rows
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -98,8 +132,19 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines += [f"  {name}: {_plain(value)}" for name, value in report["model"].items()]
     lines += ["backends", *(f"  {name}: {state}" for name, state in report["backends"].items())]
     lines += [f"  auto picks {auto['backend'] or 'none'}: {auto['reason']}"]
+    lines += [line for row in report.get("memory", []) for line in _memory_lines(row)]
     note = f" ({kernels['note']})" if kernels["note"] else ""
     return [*lines, f"kernels: {kernels['selected']}, TINTYPE_KERNELS={kernels['requested']}{note}"]
+
+
+def _memory_lines(row: dict[str, Any]) -> list[str]:
+    stages = ", ".join(
+        f"{name} {size / 1e9:.2f}"
+        for name, size in row.items()
+        if name not in ("offload", "vae_tiling", "peak")
+    )
+    setting = f"offload={row['offload']} vae_tiling={row['vae_tiling']}"
+    return [f"memory {setting}: {row['peak'] / 1e9:.2f} GB ({stages})"]
 
 
 def _plain(value: Any) -> str:

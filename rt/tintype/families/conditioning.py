@@ -14,11 +14,12 @@ from tintype.errors import RequestError
 from tintype.prompts import fragments
 from tintype.sampling import require_finite
 from tintype.t5_tokenizer import T5Tokenizer
-from tintype.tokenizer import ClipTokenizer, Window
+from tintype.tokenizer import CONTEXT, ClipTokenizer, Window
 
 Floats = NDArray[np.float32]
 TextTokenizer = ClipTokenizer | T5Tokenizer
 STAGES = ("encode", "encode_2", "encode_3")
+_CLIPS = STAGES[:2]  # of SD3
 
 
 class Reading(NamedTuple):
@@ -89,14 +90,14 @@ class TextSide:
 
     def _run(self, prompt: str, reading: Reading) -> Conditioning:
         pieces = fragments(prompt) if reading.weighted else [(prompt, 1.0)]
-        parts = []
+        parts = {}
         for stage, tokenizer in zip(self.stages, self.tokenizers, strict=True):
             windows = tokenizer.windows(pieces, long=reading.long)
             self._check_windows(prompt, len(windows))
             encoded = [self._window(stage, window, tokenizer) for window in windows]
             hidden = np.concatenate([each.hidden for each in encoded], axis=1)
-            parts.append(Conditioning(hidden, encoded[0].pooled))
-        return _JOINED[self.family](parts, self.defaults)
+            parts[stage] = Conditioning(hidden, encoded[0].pooled)
+        return joined(self.family, parts, self.defaults)
 
     def _window(self, stage: str, window: Window, tokenizer: TextTokenizer) -> Conditioning:
         """One window through one encoder; a weight moves a token's states away from the empty prompt's, or towards."""
@@ -113,38 +114,66 @@ class TextSide:
         return Conditioning(outputs["encoder_hidden_states"], outputs.get("text_embeds"))
 
     def _check_windows(self, prompt: str, windows: int) -> None:
-        if windows > 1 and self.backend.profiles("denoise") is not None:
+        if windows > 1 and self.backend.profiles("decode") is not None:
             raise RequestError(
                 f"prompt {prompt[:30]!r}... takes {windows} windows of the text encoder, and this bundle's denoiser "
                 "was built for one; shorten the prompt, or run the checkpoint on torch"
             )
 
 
-def _side_by_side(parts: Sequence[Conditioning], _: Mapping[str, Any]) -> Conditioning:
+def joined(
+    family: str, parts: Mapping[str, Conditioning], defaults: Mapping[str, Any]
+) -> Conditioning:
+    """What the denoiser of a family is told, out of what each of its encoders says, by stage."""
+    return _JOINED[family](parts, defaults)
+
+
+def _side_by_side(parts: Mapping[str, Conditioning], _: Mapping[str, Any]) -> Conditioning:
     """SD 1, 2 and XL: one token's states behind each other, the last encoder's pooled text."""
-    hidden = np.concatenate([part.hidden for part in parts], axis=-1)
-    return Conditioning(hidden, parts[-1].pooled)
+    hidden = np.concatenate([part.hidden for part in parts.values()], axis=-1)
+    return Conditioning(hidden, list(parts.values())[-1].pooled)
 
 
-def _clips_then_t5(parts: Sequence[Conditioning], defaults: Mapping[str, Any]) -> Conditioning:
-    """SD3: both CLIPs side by side and filled up with zeros, then T5's tokens, zeros where it was left out."""
-    clips, rest = parts[:2], parts[2:]
-    width = int(defaults["text_width"])
-    told = np.concatenate([clip.hidden for clip in clips], axis=-1)
-    filled = np.pad(told, ((0, 0), (0, 0), (0, width - told.shape[-1])))
-    absent = np.zeros((1, int(defaults["text_tokens"]), width), np.float32)
-    spoken = rest[0].hidden if rest else absent
-    pooled = np.concatenate([clip.pooled for clip in clips if clip.pooled is not None], axis=-1)
-    return Conditioning(np.concatenate([filled, spoken], axis=1), pooled)
+def _clips_then_t5(parts: Mapping[str, Conditioning], defaults: Mapping[str, Any]) -> Conditioning:
+    """SD3: both CLIPs side by side and filled up with zeros, then T5's tokens.
+
+    Zeros stand in for an encoder that was left out, as in the model's training; one that it never had says nothing.
+    """
+    width, left_out = int(defaults["text_width"]), defaults.get("left_out", ())
+    hidden, pooled = _side_by_side_clips([parts[s] for s in _CLIPS if s in parts])
+    # A CLIP's states are as wide as its pooled text, and the first one's stand before the second's.
+    absent = int(defaults["pooled_width"]) - pooled.shape[-1]
+    before = absent if "encode" in left_out else 0
+    told = _filled(hidden, before, width)
+    if "encode_3" in parts:
+        told = np.concatenate([told, parts["encode_3"].hidden], axis=1)
+    elif "encode_3" in left_out:
+        silent = np.zeros((1, int(defaults["text_tokens"]), width), np.float32)
+        told = np.concatenate([told, silent], axis=1)
+    return Conditioning(told, _filled(pooled, before, pooled.shape[-1] + absent))
 
 
-def _pooled_and_t5(parts: Sequence[Conditioning], _: Mapping[str, Any]) -> Conditioning:
+def _side_by_side_clips(clips: Sequence[Conditioning]) -> tuple[Floats, Floats]:
+    """States [1, t, d] and pooled text [1, p], no wider than nothing where there is no CLIP."""
+    if not clips:
+        return np.zeros((1, CONTEXT, 0), np.float32), np.zeros((1, 0), np.float32)
+    pooled = [clip.pooled for clip in clips if clip.pooled is not None]
+    hidden = np.concatenate([clip.hidden for clip in clips], axis=-1)
+    return hidden, np.concatenate(pooled, axis=-1)
+
+
+def _filled(x: Floats, before: int, width: int) -> Floats:
+    """x [..., w] as wide as `width`, with `before` of the zeros in front."""
+    behind = width - before - x.shape[-1]
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, behind)])
+
+
+def _pooled_and_t5(parts: Mapping[str, Conditioning], _: Mapping[str, Any]) -> Conditioning:
     """FLUX: T5's tokens, and CLIP's pooled text alone."""
-    clip, t5 = parts
-    return Conditioning(t5.hidden, clip.pooled)
+    return Conditioning(parts["encode_2"].hidden, parts["encode"].pooled)
 
 
-_JOINED: dict[str, Callable[[Sequence[Conditioning], Mapping[str, Any]], Conditioning]] = {
+_JOINED: dict[str, Callable[[Mapping[str, Conditioning], Mapping[str, Any]], Conditioning]] = {
     "latent_unet": _side_by_side,
     "sd3": _clips_then_t5,
     "flux": _pooled_and_t5,

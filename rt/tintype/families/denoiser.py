@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.backends import Backend
+from tintype.errors import RequestError
 from tintype.families.conditioning import Conditioning
 from tintype.profiles import Profile, cut
 from tintype.request import ImageRequest
@@ -28,8 +29,18 @@ class Denoiser:
     backend: Backend
     family: str
 
-    def batches(self, request: ImageRequest) -> list[int] | None:
+    def most(self, request: ImageRequest, rows: int) -> int | None:
+        """How many pictures of so many rows each one run holds, at least one; None where nothing sets a limit."""
+        batches = self._batches(request)
+        return None if batches is None else max(1, max(batches) // rows)
+
+    def _batches(self, request: ImageRequest) -> list[int] | None:
         """The batch sizes that there are at the request's size, or None for any."""
+        if "denoise" not in self.backend.stages:
+            raise RequestError(
+                "masks, rescaled or projected guidance and the schedulers pndm and those with thresholds need the "
+                "plain denoiser, which has no engine here; export with --plain, or ask for something else"
+            )
         profiles = picture_profiles(self.backend, "denoise")
         if profiles is None:
             return None
@@ -38,7 +49,7 @@ class Denoiser:
 
     def profiles(self, request: ImageRequest, rows: int) -> list[Profile]:
         """The profiles that run this many rows, one after the other; the last may have rows to spare."""
-        counts = cut(rows, self.batches(request))
+        counts = cut(rows, self._batches(request))
         return [Profile(request.width, request.height, count) for count in counts]
 
     def predictor(
@@ -65,7 +76,7 @@ class Denoiser:
     ) -> Callable[[Floats, float], Floats]:
         """A function (x [rows, c, h, w], timestep) -> the output for a row of each text."""
         rows = len(texts)
-        inputs = _text_inputs(request, texts, self.family)
+        inputs = text_inputs(request, texts, self.family)
         profiles = self.profiles(request, rows)
 
         def run(x: Floats, timestep: float) -> Floats:
@@ -100,7 +111,7 @@ def picture_profiles(backend: Backend, stage: str) -> list[Profile] | None:
     return [profile for name in names if (profile := Profile.parse(name))]
 
 
-def _text_inputs(
+def text_inputs(
     request: ImageRequest, texts: Sequence[Conditioning], family: str
 ) -> dict[str, NDArray[Any]]:
     """What is told besides the time; a stage takes of it what it has inputs for."""

@@ -9,7 +9,7 @@ time_ids, guidance) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ from tintype.errors import ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
 from tintype.families.denoiser import Denoiser, Texts, picture_profiles
 from tintype.families.editing import Edit, mask_latents, masked
+from tintype.families.stepping import OnStep, Stepper, stages
 from tintype.guidance import Guidance, scales
 from tintype.images import resize_latents
 from tintype.noise import initial_noise
@@ -32,7 +33,6 @@ from tintype.schedulers import Table, make_table
 
 Floats = NDArray[np.float32]
 Timings = dict[str, float]
-OnStep = Callable[[Floats], None]
 _MOST_IMAGES = 8  # that are walked together where nothing else sets a limit
 
 
@@ -56,6 +56,11 @@ class LatentDiffusion:
     def denoiser(self) -> Denoiser:
         """The UNet or transformer."""
         return Denoiser(self.backend, self.kind)
+
+    @property
+    def stepper(self) -> Stepper:
+        """The denoiser with the sampler's step around it."""
+        return Stepper(self.backend, self.kind)
 
     @property
     def factor(self) -> int:
@@ -86,8 +91,8 @@ class LatentDiffusion:
             guidance = self._guidance(each, self._table(each))
             for stage in self.text.stages:
                 self.backend.compile(stage, self.text.profile(stage))
-            for profile in self.denoiser.profiles(each, 2 if guidance.applies else 1):
-                self.backend.compile("denoise", profile.name)
+            for stage, profile in self._denoising(each, guidance):
+                self.backend.compile(stage, profile)
         expected = self.latent_shape(*_first_size(request))
         if request.latents is not None and request.latents.shape[1:] != expected:
             given = list(request.latents.shape[1:])
@@ -105,11 +110,12 @@ class LatentDiffusion:
         """How many pictures are walked at once; one where each must have the bytes that it has alone."""
         if self.backend.batch_invariant or request.long_prompts:
             return 1
-        batches = self.denoiser.batches(request)
-        if batches is None:
+        table = self._table(request)
+        guidance = self._guidance(request, table)
+        most = self.stepper.most(request, table, guidance)
+        if most is None:
             return _MOST_IMAGES
-        guided = self._guidance(request, self._table(request)).applies
-        return max(1, max(batches) // (2 if guided else 1))
+        return most or self.denoiser.most(request, 2 if guidance.applies else 1) or _MOST_IMAGES
 
     def conditionings(
         self, request: ImageRequest, known: dict[str, Conditioning], timings: Timings
@@ -163,7 +169,8 @@ class LatentDiffusion:
 
     def sizes(self) -> list[str] | None:
         """The picture sizes that every stage has, or None where any multiple of the factor runs."""
-        sets = [picture_profiles(self.backend, stage) for stage in ("denoise", "decode")]
+        denoise = "denoise" if "denoise" in self.backend.stages else "step"
+        sets = [picture_profiles(self.backend, stage) for stage in (denoise, "decode")]
         found = [
             {(p.width, p.height) for p in profiles} for profiles in sets if profiles is not None
         ]
@@ -222,6 +229,14 @@ class LatentDiffusion:
         return make_table(
             request.scheduler, config, request.steps, start=request.start, tokens=tokens
         )
+
+    def _denoising(self, request: ImageRequest, guidance: Guidance) -> list[tuple[str, str]]:
+        """The (stage, profile) pairs that one picture of a request walks through."""
+        whole = self.stepper.profile(request, self._table(request), guidance, 1)
+        if whole is not None:
+            return [(stage, whole.name) for stage in stages(guidance)]
+        profiles = self.denoiser.profiles(request, 2 if guidance.applies else 1)
+        return [("denoise", profile.name) for profile in profiles]
 
     def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
         begin = request.start / request.steps
@@ -282,19 +297,18 @@ class LatentDiffusion:
             ]
         )
 
+        x, noise = edit.begin(table, unit), StepNoise(table, seeds, shape, offset)
+        guidance = self._guidance(first, table)
+        if self.stepper.profile(first, table, guidance, len(x)):
+            return self.stepper.walk(first, table, x, noise, texts, guidance, on_step)
+
         def after(step: int, x: Floats) -> Floats:
             x = edit.blended(table, step, x, unit)
-            on_step(x)
+            on_step(lambda: x)
             return x
 
-        return walk(
-            table,
-            edit.begin(table, unit),
-            StepNoise(table, seeds, shape, offset),
-            self.denoiser.predictor(first, texts, edit.shown),
-            self._guidance(first, table),
-            after,
-        )
+        predict = self.denoiser.predictor(first, texts, edit.shown)
+        return walk(table, x, noise, predict, guidance, after)
 
 
 def _passes(request: ImageRequest) -> list[ImageRequest]:

@@ -7,6 +7,9 @@ Faces are the same at every precision: float32 arrays (int64 token ids) in and o
     denoise       sample [n, c, h, w], timestep [n], encoder_hidden_states [n, t, d + d2]
                   and, where the model has them, text_embeds [n, p], time_ids [n, 6], guidance [n]
                                                               -> model_output [n, c_out, h, w]
+    step          sample [n, c, h, w], history [n, 3, c, h, w], row [n, 13], noise [n, c, h, w], then what denoise is
+                  told behind its timestep                    -> next_sample, next_history
+    guided_step   the same, each told pair [n, 2, ...] with the unconditional first
     decode        latents [n, c, h, w]                          -> image [n, 8h, 8w, 3] in 0..1
     encode_image  image [n, 8h, 8w, 3] in 0..1                  -> latents [n, c, h, w]
 
@@ -22,15 +25,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tintype.models.autoencoder_kl import AutoencoderKL
+from tintype.models.autoencoder_kl import AutoencoderKL, decode_tiled, encode_tiled
 from tintype.models.clip import CLIPTextEncoder
 from tintype.models.flux import FluxTransformer
+from tintype.models.fused import scheduler_step
 from tintype.models.sd3 import SD3Transformer
 from tintype.models.t5 import T5Encoder
 from tintype.models.unet import UNet
 
 Hidden = Literal["last", "penultimate"]
 _ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
+STEPS = {"step": False, "guided_step": True}
 
 
 class Stage(nn.Module):
@@ -136,6 +141,49 @@ class FlowDenoiseStage(Stage):
         return self.transformer(sample.to(dtype), timestep, hidden, pooled, *guidance).float()
 
 
+class StepStage(Stage):
+    """One step of any sampler around the denoiser, so that latents need not leave the device between two steps.
+
+    ``row`` is `step_row` of each sample, ``history`` the quantities kept at earlier steps, newest first. Guidance
+    is the linear kind; every input has its sample first, so that samples of one batch may stand at different steps.
+    With ``apart`` the two of a pair run one after the other, in half the memory.
+    """
+
+    outputs = ("next_sample", "next_history")
+
+    def __init__(self, denoise: Stage, *, guided: bool) -> None:
+        super().__init__()
+        self.denoise = denoise
+        self.guided = guided
+        self.apart: bool = False
+        _, _, *told = denoise.inputs
+        self.inputs = ("sample", "history", "row", "noise", *told)
+
+    def forward(
+        self, sample: Tensor, history: Tensor, row: Tensor, noise: Tensor, *told: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        time, c_in = row[:, 0], row[:, 1, None, None, None]
+        output, plain = self._outputs(c_in * sample, time, told)
+        stepped, kept = scheduler_step(sample, output, plain, history.unbind(1), row[:, 2:], noise)
+        return stepped, torch.cat([kept[:, None], history[:, :-1]], dim=1)
+
+    def _outputs(
+        self, seen: Tensor, time: Tensor, told: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's output, and the unconditional one where it is guided."""
+        if not self.guided:
+            return self.denoise(seen, time, *told), None
+        if self.apart:
+            plain, output = (
+                self.denoise(seen, time, *(pair[:, which] for pair in told)) for which in (0, 1)
+            )
+            return output, plain
+        rows = [pair.transpose(0, 1).flatten(0, 1) for pair in told]
+        both = self.denoise(torch.cat([seen, seen]), torch.cat([time, time]), *rows)
+        plain, output = both.chunk(2)
+        return output, plain
+
+
 class DecodeStage(Stage):
     """Latents -> image. With ``keep_overflow`` an infinite pixel becomes NaN, where clamping would hide it."""
 
@@ -146,9 +194,13 @@ class DecodeStage(Stage):
         super().__init__()
         self.vae = vae
         self.keep_overflow = keep_overflow
+        self.tiled = False  # in overlapping tiles, whose memory does not grow with the picture
 
     def forward(self, latents: Tensor) -> Tensor:
-        decoded = self.vae.decode(self.vae.from_model(latents).to(self.dtype)).float()
+        scaled = self.vae.from_model(latents).to(self.dtype)
+        decoded = (
+            decode_tiled(self.vae, scaled) if self.tiled else self.vae.decode(scaled)
+        ).float()
         image = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         if self.keep_overflow:
             image = torch.where(decoded.isfinite().permute(0, 2, 3, 1), image, torch.nan)
@@ -164,29 +216,44 @@ class EncodeImageStage(Stage):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
+        self.tiled = False
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = (image.permute(0, 3, 1, 2) * 2 - 1).to(self.dtype)
-        return self.vae.to_model(self.vae.encode(pixels)[0].float())
+        mean, _ = encode_tiled(self.vae, pixels) if self.tiled else self.vae.encode(pixels)
+        return self.vae.to_model(mean.float())
 
 
 def stage_names(components: Collection[str]) -> tuple[str, ...]:
     """The stages of a checkpoint with these components, in the order in which they run."""
     encoders = [name for name in _ENCODERS if _ENCODERS[name] in components]
-    return (*encoders, "denoise", "decode", "encode_image")
+    return (*encoders, "denoise", *STEPS, "decode", "encode_image")
+
+
+def stage_component(name: str, components: Collection[str]) -> str:
+    """The one component that stage ``name`` is made of."""
+    if name == "denoise" or name in STEPS:
+        return "transformer" if "transformer" in components else "unet"
+    return _ENCODERS.get(name, "vae")
 
 
 def build_stage(
     name: str, components: Collection[str], component: Callable[[str], nn.Module]
 ) -> Stage:
-    """Make stage ``name`` out of the modules that ``component`` hands out."""
+    """Make stage ``name`` out of the module that ``component`` hands out."""
+    part = stage_component(name, components)
     if name in _ENCODERS:
-        return _text_stage(name, components, component(_ENCODERS[name]))
+        return _text_stage(name, components, component(part))
+    if name in STEPS:
+        return step_stage(name, build_stage("denoise", components, component))
     if name == "denoise":
-        if "transformer" in components:
-            return FlowDenoiseStage(component("transformer"))
-        return DenoiseStage(component("unet"))
-    return {"decode": DecodeStage, "encode_image": EncodeImageStage}[name](component("vae"))
+        return (FlowDenoiseStage if part == "transformer" else DenoiseStage)(component(part))
+    return {"decode": DecodeStage, "encode_image": EncodeImageStage}[name](component(part))
+
+
+def step_stage(name: str, denoise: Stage) -> StepStage:
+    """The stage `step` or `guided_step` around a denoiser that there is."""
+    return StepStage(denoise, guided=STEPS[name])
 
 
 def _text_stage(name: str, components: Collection[str], encoder: nn.Module) -> Stage:

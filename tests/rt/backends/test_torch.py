@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tintype
+from tintype.backends import execution
 from tintype.backends.torch import TorchBackend
 from tintype.checkpoints import open_checkpoint
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
-from tolerances import MODULE_FP16, relative_error
+from tolerances import MODULE_FP16, MODULE_FP32, relative_error
 
 Saved = Callable[[str], Path]
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -60,7 +61,14 @@ def upcast_hint(folder: Path, hint: bool) -> None:
 
 
 def test_every_stage_is_there_and_any_shape_runs(backend: TorchBackend) -> None:
-    assert backend.stages == ("encode", "denoise", "decode", "encode_image")
+    assert backend.stages == (
+        "encode",
+        "denoise",
+        "step",
+        "guided_step",
+        "decode",
+        "encode_image",
+    )
     assert all(backend.profiles(stage) is None for stage in backend.stages)
     for size in (2, 3):
         image = backend.run("decode", "", {"latents": noise(1, size)})["image"]
@@ -168,3 +176,62 @@ def test_unknown_options_say_what_there_is(saved: Saved, options: dict[str, str]
 def test_a_gpu_that_is_not_there_is_named(saved: Saved) -> None:
     with pytest.raises(BackendUnavailable, match="cuda"):
         TorchBackend(open_checkpoint(saved("sd1")), device="cuda")
+
+
+def test_a_compiled_stage_gives_what_the_eager_one_gives(saved: Saved) -> None:
+    checkpoint, latents = open_checkpoint(saved("sd1")), {"latents": noise(1, 2)}
+    expected = TorchBackend(checkpoint).run("decode", "", latents)["image"]
+    actual = TorchBackend(checkpoint, execution="compiled").run("decode", "", latents)["image"]
+    assert relative_error(actual, expected) < MODULE_FP32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"execution": "graph"}, "needs a CUDA device"),
+        ({"execution": "lazy"}, "choose one of eager, compiled, graph"),
+        ({"execution": "compiled", "offload": "model"}, "leave out offload"),
+    ],
+    ids=str,
+)
+def test_executions_that_cannot_be_are_refused(saved: Saved, options, message) -> None:
+    with pytest.raises(RequestError, match=message):
+        TorchBackend(open_checkpoint(saved("sd1")), **options)
+
+
+class PlayedGraph:
+    """A CUDA graph whose replay does again what was captured."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for own, new in zip(self.outputs, self.call(*self.inputs), strict=True):
+            own.copy_(new)
+
+
+def test_a_replayed_call_takes_new_inputs_and_keeps_what_it_gave(monkeypatch) -> None:
+    """The capture itself needs a GPU; what surrounds it is the same on any device."""
+    captured = []
+
+    def capture(self, call, inputs):
+        self._inputs = [tensor.clone() for tensor in inputs]
+        self._outputs = call(*self._inputs)
+        self._graph = PlayedGraph()
+        self._graph.call, self._graph.inputs, self._graph.outputs = (
+            call,
+            self._inputs,
+            self._outputs,
+        )
+        captured.append(self._graph)
+
+    monkeypatch.setattr(execution._Capture, "__init__", capture)
+    replayed = execution.Replayed(lambda x, y: (x + y, x * y))
+    first = replayed(torch.ones(2), torch.full((2,), 3.0))
+    second = replayed(torch.full((2,), 5.0), torch.full((2,), 2.0))
+    assert [t.tolist() for t in first] == [[4, 4], [3, 3]]
+    assert [t.tolist() for t in second] == [[7, 7], [10, 10]]
+    assert [graph.replays for graph in captured] == [2]
+    replayed(torch.ones(3), torch.ones(3))
+    assert len(captured) == 2

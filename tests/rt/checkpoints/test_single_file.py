@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import original_layout
-import published_configs
 import small_checkpoints
 import tintype
 from tintype.checkpoints import open_checkpoint
@@ -24,6 +23,7 @@ from tintype.errors import CheckpointError
 from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tintype.models.clip import CLIPTextConfig as OurTextConfig
 from tintype.models.unet import UNet, UNetConfig
+from tintype_bench import published_configs
 
 KINDS = tuple(original_layout.SMALL)
 Write = Callable[..., Path]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 
 import small_flow_checkpoints as small
 import tintype
-from tintype.errors import ProfileError, RequestError
+from tintype.checkpoints import open_checkpoint
+from tintype.errors import CheckpointError, ProfileError, RequestError
+from tintype.families.conditioning import Reading
 from tintype.noise import initial_noise
 from tolerances import LATENTS_20_STEPS, relative_error
 
@@ -116,3 +120,84 @@ def test_guidance_that_a_model_has_no_use_for_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         tintype.load(saved(kind))("the", height=32, width=32, **arguments)
+
+
+def shown_without(pipeline: Any, zeroed: list[str], request: dict[str, Any]) -> np.ndarray:
+    """What diffusers draws where encoders say zeros, as the model was trained with."""
+    tell = {"negative": request.pop("negative_prompt"), "": request.pop("prompt")}
+    embeds = {}
+    for kind, prompt in tell.items():
+        hidden, _, pooled, _ = pipeline.encode_prompt(
+            prompt, prompt, prompt, do_classifier_free_guidance=False, max_sequence_length=256
+        )
+        # CLIPs are 16 and 24 wide, beside each other in the first 77 tokens; T5's tokens follow.
+        cuts = {"text_encoder": slice(0, 16), "text_encoder_2": slice(16, 40)}
+        for name in zeroed:
+            if name == "text_encoder_3":
+                hidden[:, 77:] = 0
+            else:
+                hidden[:, :77, cuts[name]], pooled[:, cuts[name]] = 0, 0
+        prefix = f"{kind}_" if kind else ""
+        embeds |= {f"{prefix}prompt_embeds": hidden, f"{prefix}pooled_prompt_embeds": pooled}
+    return np.asarray(pipeline(**embeds, **request).images)
+
+
+@pytest.mark.parametrize(
+    "without",
+    [["text_encoder"], ["text_encoder_2"], ["text_encoder_3"], ["text_encoder", "text_encoder_2"]],
+    ids="-".join,
+)
+def test_encoders_left_out_say_zeros(saved: Any, without: list[str]) -> None:
+    folder, noise = saved("sd3"), initial_noise(3, (16, 4, 4))[None]
+    request = {"prompt": PROMPT, "negative_prompt": "the fog", "height": 32, "width": 32}
+    request |= {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+    actual = tintype.load(folder, without=without)(**request, latents=noise).images
+    tensors = torch.from_numpy(noise.copy())
+    expected = shown_without(theirs(folder, "sd3"), without, request | {"latents": tensors})
+    assert relative_error(actual, expected) <= LATENTS_20_STEPS
+
+
+def test_an_encoder_that_the_model_never_had_says_nothing(saved: Any, tmp_path: Path) -> None:
+    """Not named in the index, against named and null: no tokens, against tokens of zeros."""
+    folder = Path(shutil.copytree(saved("sd3 without T5"), tmp_path / "model"))
+    index = folder / "model_index.json"
+    named = json.loads(index.read_text())
+    lengths = {}
+    for kind in ("null", "not named"):
+        index.write_text(json.dumps(named))
+        text = tintype.load(folder).family.text
+        lengths[kind] = text.encode("red", {}, Reading()).hidden.shape
+        named = {name: value for name, value in named.items() if not name.endswith("_3")}
+    assert lengths == {"null": (1, 77 + 256, 48), "not named": (1, 77, 48)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "without", "message"),
+    [
+        ("flux-dev", ["text_encoder_2"], "without text_encoder_2; a flux runs without nothing"),
+        ("sd3", ["vae"], "without vae; a sd3 runs without text_encoder, text_encoder_2"),
+        (
+            "sd3",
+            ["text_encoder", "text_encoder_2", "text_encoder_3"],
+            "but not all of them",
+        ),
+    ],
+)
+def test_what_cannot_be_left_out_is_named(
+    saved: Any, kind: str, without: list[str], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        tintype.load(saved(kind), without=without)
+
+
+@pytest.mark.parametrize("kind", ["sd35", "flux-dev"])
+def test_shards_load_like_the_whole(saved: Any, tmp_path: Path, kind: str) -> None:
+    whole = open_checkpoint(saved(kind))
+    pipeline = small.PIPELINES[kind].from_pretrained(saved(kind))
+    pipeline.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    sharded = open_checkpoint(tmp_path / "shards")
+    assert len(sharded.components["transformer"].weights.files) > 2
+    for name in whole.components:
+        expected = whole.component(name).state_dict()
+        found = sharded.component(name).state_dict()
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []

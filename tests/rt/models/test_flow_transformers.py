@@ -8,10 +8,12 @@ import diffusers
 import pytest
 import torch
 
-import published_configs as published
 from tintype.errors import CheckpointError, RequestError
+from tintype.models import flux as rotations
 from tintype.models.flux import FluxConfig, FluxTransformer, packed, unpacked
+from tintype.models.joint import rotation_at
 from tintype.models.sd3 import SD3Config, SD3Transformer
+from tintype_bench import published_configs as published
 from tolerances import MODULE_FP32, relative_error
 
 _SD3 = {
@@ -121,6 +123,31 @@ def test_a_training_step_reaches_every_parameter(family: Any, kind: str) -> None
     # SD3's last block drops its text, whose queries then ask in vain.
     assert all(".attn.add_q_proj." in name or ".attn.norm_added_q." in name for name in idle)
     assert len({name.split(".")[1] for name in idle}) == (kind != "dev")
+
+
+def test_the_last_block_asks_nothing_for_its_text() -> None:
+    """Nobody would read the answer."""
+    _, ours = sd3("sd3")
+    asked = []
+    for number, block in enumerate(ours.transformer_blocks):
+        block.attn.add_q_proj.register_forward_hook(lambda *_, n=number: asked.append(n))
+    with torch.no_grad():
+        ours(*inputs(8, 8))
+    assert asked == [0, 1]
+
+
+def test_rotations_are_made_once_for_all_steps_of_a_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, ours = flux("schnell")
+    made = []
+    monkeypatch.setattr(rotations, "rotation_at", lambda *a: made.append(a) or rotation_at(*a))
+    with torch.inference_mode():
+        for _ in range(3):
+            ours(*inputs(6, 10))
+    assert len(made) == 1
+    # What was made while nothing could be trained serves training as well.
+    ours(*inputs(6, 10)).sum().backward()
 
 
 def test_a_picture_beyond_the_position_table_is_refused() -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import published_configs
 import small_checkpoints
 import tintype
 from tintype.errors import RequestError
+from tintype_bench import published_configs
 from tolerances import LATENTS_20_STEPS, relative_error
 
 Saved = Callable[[str], Path]

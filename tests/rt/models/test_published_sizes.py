@@ -8,11 +8,11 @@ import torch
 import transformers
 from torch import nn
 
-import published_configs as published
 from tintype.checkpoints.diffusers import text_encoder_key
 from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tintype.models.clip import CLIPTextConfig, CLIPTextEncoder
 from tintype.models.unet import UNet, UNetConfig
+from tintype_bench import published_configs as published
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

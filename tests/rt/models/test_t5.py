@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-import published_configs as published
 from tintype.errors import CheckpointError
-from tintype.models.t5 import T5Config, T5Encoder
+from tintype.models.t5 import T5Config, T5Encoder, position_buckets
+from tintype_bench import published_configs as published
 from tolerances import MODULE_FP16, MODULE_FP32, relative_error
 
 _SMALL = {
@@ -46,6 +47,20 @@ def test_hidden_states_equal_transformers(tokens: int) -> None:
     with torch.no_grad():
         expected = theirs(ids).last_hidden_state
         assert relative_error(ours(ids), expected) <= MODULE_FP32
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (32, 64)])
+def test_buckets_of_positions_equal_transformers(buckets: int, farthest: int) -> None:
+    """To the last boundary, which float32 decides."""
+    fields = {
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": farthest,
+    }
+    places = torch.arange(512)
+    distance = places[None, :] - places[:, None]
+    attention = transformers.models.t5.modeling_t5.T5Attention
+    expected = attention._relative_position_bucket(distance, True, buckets, farthest)
+    assert np.array_equal(position_buckets(512, T5Config(**fields)), expected.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,10 +10,10 @@ import scipy.stats
 
 import tintype
 from diffusers_schedulers import CLASSES, compare, configured
-from published_configs import SD15_SCHEDULER
 from tintype.errors import CheckpointError, RequestError
 from tintype.schedulers import default_name, make_table, names
 from tintype.schedulers.sigmas import beta_quantile
+from tintype_bench.published_configs import SD15_SCHEDULER
 
 CONTRACT = {
     *("ddpm", "ddim", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde"),

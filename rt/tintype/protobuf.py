@@ -1,0 +1,63 @@
+"""The fields of a protobuf message, for the few that are read without the protobuf package."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_VARINT, _EIGHT_BYTES, SIZED, _FOUR_BYTES = 0, 1, 2, 5
+
+
+class Field(NamedTuple):
+    """One field of a message: its number, its bytes where it is sized, and all that it is written as."""
+
+    number: int
+    payload: memoryview | None
+    whole: memoryview
+
+    @property
+    def float32(self) -> float:
+        """The value of a field of four bytes."""
+        return float(struct.unpack("<f", self.whole[-4:])[0])
+
+
+def fields(message: memoryview) -> Iterator[Field]:
+    """Every field in its order; IndexError where the message is cut off or none."""
+    position = 0
+    while position < len(message):
+        begin = position
+        tag, position = varint(message, position)
+        kind, payload = tag & 7, None
+        if kind == SIZED:
+            size, position = varint(message, position)
+            if position + size > len(message):
+                raise IndexError("a field is longer than its message")
+            payload = message[position : position + size]
+            position += size
+        elif kind == _VARINT:
+            _, position = varint(message, position)
+        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
+            position += 8 if kind == _EIGHT_BYTES else 4
+        else:
+            raise IndexError(f"field of unknown kind {kind}")
+        yield Field(tag >> 3, payload, message[begin:position])
+
+
+def payloads(message: memoryview, number: int) -> Iterator[memoryview]:
+    """The bytes of every sized field of that number."""
+    for field in fields(message):
+        if field.number == number and field.payload is not None:
+            yield field.payload
+
+
+def varint(message: memoryview, position: int) -> tuple[int, int]:
+    """The number at a position, and the position behind it."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7

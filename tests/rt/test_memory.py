@@ -1,0 +1,118 @@
+"""Predicted memory against what torch's profiler sees its allocator give while a real picture is made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import small_flow_checkpoints as small
+import tintype
+from tintype import memory
+from tintype.backends.offloading import OFFLOADS
+from tintype.checkpoints import open_checkpoint
+from tintype.cli import main
+from tintype.commands import inspect
+from tintype.errors import RequestError
+from tolerances import MODULE_FP32, relative_error
+
+SIZE = {"width": 128, "height": 96}
+REQUEST = {**SIZE, "num_inference_steps": 1, "seed": 0, "output_type": "np"}
+KINDS = ["sd35", "flux-dev"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save(request.param, tmp_path_factory.mktemp("memory") / "model")
+
+
+def allocated(pipeline: Any, trace: Path, **request: Any) -> int:
+    """The most bytes that a call had from the allocator at once, beside the weights that were there before."""
+    pipeline("", **REQUEST)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profiler:
+        pipeline("", **REQUEST | request)
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    found = [each["args"] for each in events if each["name"] == "[memory]"]
+    sizes = [event["Bytes"] for event in sorted(found, key=lambda event: event["Ev Idx"])]
+    return int(np.cumsum(sizes).max())
+
+
+def weights(pipeline: Any) -> int:
+    """The bytes of the weights that are loaded."""
+    modules = pipeline.family.backend._components.values()
+    return sum(t.nbytes for module in modules for t in module.state_dict().values())
+
+
+@pytest.mark.parametrize("offload", [None, *OFFLOADS])
+def test_the_prediction_is_within_a_tenth_of_what_is_measured(
+    folder: Path, tmp_path: Path, offload: str | None
+) -> None:
+    predicted = memory.predict(open_checkpoint(folder), **SIZE, offload=offload)["peak"]
+    pipeline = tintype.load(folder, device="cpu", batch_invariant=False, offload=offload)
+    measured = allocated(pipeline, tmp_path / "trace.json")
+    measured += 0 if offload else weights(pipeline)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_tiles_bound_what_decoding_takes(tmp_path: Path) -> None:
+    source = small.save("flux-dev", tmp_path / "model")
+    size = {"width": 1024, "height": 528}
+    checkpoint, peaks = open_checkpoint(source), {}
+    for tiled in (False, True):
+        peaks[tiled] = memory.predict(checkpoint, **size, vae_tiling=tiled)["decode"]
+    assert peaks[True] < 0.7 * peaks[False]
+    pipeline = tintype.load(source, device="cpu", batch_invariant=False, vae_tiling=True)
+    measured = allocated(pipeline, tmp_path / "trace.json", **size) + weights(pipeline)
+    assert peaks[True] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloading_changes_no_picture(folder: Path, offload: str) -> None:
+    expected = tintype.load(folder)("red", **REQUEST).images
+    pipeline = tintype.load(folder, device="cpu", offload=offload)
+    for _ in range(2):
+        # Sums run in another order where weights lie elsewhere in memory.
+        actual = pipeline("red", **REQUEST).images
+        assert relative_error(actual, expected) <= MODULE_FP32
+
+
+def test_sequential_offloading_holds_a_block_and_the_next(tmp_path: Path) -> None:
+    source = small.save("sd35", tmp_path / "model")
+    pipeline = tintype.load(source, device="cpu", offload="sequential")
+    module = pipeline.family.backend.module("denoise").transformer
+    home = {name: value.data_ptr() for name, value in module.named_parameters()}
+    seen = []
+
+    def away(*_: Any) -> None:
+        names = {n for n, value in module.named_parameters() if value.data_ptr() != home[n]}
+        seen.append({n.split(".")[1] for n in names if n.startswith("transformer_blocks.")})
+
+    for block in module.transformer_blocks:
+        block.norm1.register_forward_hook(away)
+    pipeline("red", **REQUEST)
+    assert seen[:2] == [{"0", "1"}, {"1"}]
+    assert {n: value.data_ptr() for n, value in module.named_parameters()} == home
+
+
+def test_inspect_prints_every_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = small.save("flux-dev", tmp_path / "model")
+    assert main(["inspect", str(source), "--memory", "--size", "128x96", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["memory"]
+    assert [(row["offload"], row["vae_tiling"]) for row in rows] == list(memory.SETTINGS)
+    peaks = {row["offload"]: row["peak"] for row in rows if not row["vae_tiling"]}
+    assert peaks["sequential"] <= peaks["model"] < peaks[None]
+    (line,) = inspect._memory_lines(rows[-1] | {"peak": 1.2e9})
+    assert line.startswith("memory offload=sequential vae_tiling=True: 1.20 GB (encode 0.00, ")
+
+
+def test_unknown_and_impossible_settings_are_named(folder: Path) -> None:
+    with pytest.raises(RequestError, match="offload='disk' is unknown; choose None, model, sequ"):
+        tintype.load(folder, offload="disk")
+    with pytest.raises(RequestError, match="offload='model' is for checkpoints"):
+        tintype.load("postcard", offload="model")

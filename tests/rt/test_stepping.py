@@ -1,0 +1,115 @@
+"""The sampler's step inside the stage: pictures as by the plain denoiser, and latents that stay where they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tintype
+from tintype.families.stepping import step_row
+from tintype.schedulers import make_table
+from tiny_bundle import SCHEDULER
+from tolerances import TINY_GRAPH, relative_error
+from watched import with_backend
+
+REQUEST = {"width": 32, "height": 32, "num_inference_steps": 6, "seed": 4, "output_type": "latent"}
+DIFFUSION = [name for name in tintype.schedulers() if not name.startswith(("flow", "edm"))]
+
+
+class Backend:
+    """The backend `inner` with these stages alone; `ran` lists the stages that were run, `fetched` counts arrays."""
+
+    def __init__(self, inner, *absent):
+        self.inner, self.ran, self.fetched = inner, [], 0
+        self.stages = tuple(stage for stage in inner.stages if stage not in absent)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def run(self, stage, profile, inputs):
+        self.ran.append(stage)
+        return self.inner.run(stage, profile, inputs)
+
+    def run_placed(self, stage, profile, inputs):
+        self.ran.append(stage)
+        return self.inner.run_placed(stage, profile, inputs)
+
+    def fetch(self, placed):
+        self.fetched += 1
+        return self.inner.fetch(placed)
+
+
+@pytest.fixture
+def pipes(saved):
+    """The pipeline as it is, and without the stages that hold the step; and the backend of each.
+
+    Both run the two rows of a pair together: a random model magnifies the rounding by which one row differs from two.
+    """
+    pipe = tintype.load(saved("sd1"), batch_invariant=False)
+    inner = pipe.family.backend
+    whole, plain = Backend(inner), Backend(inner, "step", "guided_step")
+    return [(with_backend(pipe, backend), backend) for backend in (whole, plain)]
+
+
+@pytest.mark.parametrize("scheduler", DIFFUSION)
+def test_every_scheduler_gives_what_the_plain_denoiser_gives(pipes, scheduler):
+    (whole, _), (plain, _) = pipes
+    made = [pipe("a red boat", scheduler=scheduler, **REQUEST).images for pipe in (whole, plain)]
+    assert relative_error(*made) < 100 * TINY_GRAPH
+
+
+def test_guidance_in_an_interval_takes_both_stages(pipes):
+    (whole, backend), (plain, _) = pipes
+    scale = tintype.guidance.interval(5.0, 0.3, 0.7)
+    made = [pipe("a red boat", guidance_scale=scale, **REQUEST).images for pipe in (whole, plain)]
+    assert relative_error(*made) < 100 * TINY_GRAPH
+    steps = [stage for stage in backend.ran if "step" in stage]
+    assert steps == ["step"] * 2 + ["guided_step"] * 3 + ["step"]
+
+
+def test_latents_are_fetched_once_unless_a_callback_looks(pipes):
+    (pipe, backend), _ = pipes
+    pipe("a", **REQUEST)
+    assert backend.fetched == 1
+    seen = []
+    pipe("a", callback_on_step_end=lambda step, total, x: seen.append(x.shape), **REQUEST)
+    assert seen == [(1, 4, 4, 4)] * 6
+    assert backend.fetched == 8
+
+
+def test_a_mask_and_guidance_that_is_not_linear_take_the_plain_denoiser(pipes):
+    (pipe, backend), _ = pipes
+    picture = np.zeros((1, 32, 32, 3), np.float32)
+    pipe("a", image=picture, mask_image=picture[..., :1] + 1, **REQUEST)
+    pipe("a", guidance_rescale=0.5, **REQUEST)
+    assert not any("step" in stage for stage in backend.ran)
+
+
+def test_without_the_plain_denoiser_what_needs_it_is_refused(saved):
+    pipe = tintype.load(saved("sd1"))
+    alone = with_backend(pipe, Backend(pipe.family.backend, "denoise"))
+    alone("a", **REQUEST)
+    with pytest.raises(tintype.RequestError, match="plain denoiser, which has no engine"):
+        alone("a", guidance_rescale=0.5, **REQUEST)
+
+
+def test_a_larger_batch_is_filled_up(saved):
+    pipe = tintype.load(saved("sd1"), batch_invariant=False)
+    backend = Backend(pipe.family.backend)
+    backend.profiles = lambda stage: {"encode": ["b1"], "decode": ["32x32-b1"]}.get(
+        stage, ["32x32-b4"]
+    )
+    made = with_backend(pipe, backend)("a", num_images_per_prompt=3, **REQUEST).images
+    assert backend.ran.count("guided_step") == 6
+    expected = pipe("a", num_images_per_prompt=3, **REQUEST).images
+    assert relative_error(made, expected) < 100 * TINY_GRAPH
+
+
+def test_a_row_says_time_scale_and_all_coefficients_in_finite_numbers():
+    table = make_table("dpmpp_2m", SCHEDULER, 4)
+    row = table.rows[2]._replace(guidance=5.0)
+    numbers = step_row(table.timesteps[2], 0.5, row)
+    assert numbers.dtype == np.float32
+    assert np.isfinite(numbers).all()
+    expected = [table.timesteps[2], 0.5, 5.0, row.u_x, row.u_m, row.a, row.c, row.s, *row.b, 0, 0]
+    np.testing.assert_allclose(np.delete(numbers, 5), expected, rtol=1e-6)
