@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tintype
-from tintype.backends.torch import load_component
+from tintype.backends.torch import made_safe
 from tintype.bundle import Bundle, describe, save_manifest
 from tintype.checkpoints import Checkpoint, open_checkpoint
-from tintype.errors import CheckpointError, RequestError
-from tintype.models.stages import DecodeStage, Stage, build_stage, stage_names
+from tintype.checkpoints.lora import Lora
+from tintype.errors import CheckpointError
+from tintype.models.stages import DecodeStage, Stage, build_stage, stage_component
 
+from .calibration import Calibration
 from .graphs import point_to_weights, save, trace
-from .profiles import check_sizes, example_inputs, stage_profiles
+from .merging import merged
+from .profiles import check_sizes, example_inputs, profiles_of
+from .qdq import quantise_graph
+from .quantisation import Quantised, plan
 from .report import BUDGETS
-from .storage import Store, precision, store_weights, stored_bytes
+from .storage import Precision, Store, precision, store_weights, stored_bytes
 from .tensorrt import build_engines, check_gpus
 from .verify import budget_of, require, verify
 from .writing import gigabytes, require_room, written_whole
 
-# What a stage's parameters are called in its graph, and the component that they belong to.
-_COMPONENT_OF = {
-    "encode": ("encoder.", "text_encoder"),
-    "encode_2": ("encoder.", "text_encoder_2"),
-    "denoise": ("unet.", "unet"),
-    "decode": ("vae.", "vae"),
-    "encode_image": ("vae.", "vae"),
-}
-_FAMILY = "latent_unet"
-_GRAPH_BYTES = 4 << 20  # more than the graph of any UNet that we know
+_FAMILIES = ("latent_unet", "sd3", "flux")
+_ENGINE_GRAPHS = ".engine-graphs"  # of which nothing is left once there are engines
+_GRAPH_BYTES = 16 << 20  # more than any model's graph; FLUX's holds its rotation at every token
 
 Say = Callable[[str], None]
 
@@ -44,7 +47,8 @@ class ExportConfig:
     """Sizes as (width, height); ``defaults`` override the checkpoint's for requests that leave settings open.
 
     ``tolerance_db`` None is what the precision is held to. The target "tensorrt" adds engines for ``gpus``, such as
-    sm_89, to the graphs.
+    sm_89, to the graphs; ``plain`` builds one of the plain denoiser, too, beside those with the sampler's step.
+    ``batches`` are the pictures of a call. In codes, ``calibration`` None rounds weights alone; ``group`` is int4's.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -53,6 +57,16 @@ class ExportConfig:
     defaults: Mapping[str, Any] | None = None
     target: str = "onnx"
     gpus: tuple[str, ...] = ()
+    plain: bool = False
+    batches: tuple[int, ...] = (1,)
+    loras: tuple[Lora, ...] = ()
+    calibration: Calibration | None = field(default_factory=Calibration)
+    group: int = 64
+
+    @property
+    def kept(self) -> Precision:
+        """What is stored and computed."""
+        return precision(self.precision, self.target)
 
     def options(self) -> dict[str, Any]:
         """What the manifest says that was asked for."""
@@ -61,7 +75,17 @@ class ExportConfig:
             "sizes": [f"{width}x{height}" for width, height in self.sizes],
             "precision": self.precision,
             "gpus": list(self.gpus),
+            "batches": list(self.batches),
+            "loras": [
+                {
+                    "file": each.path.name,
+                    "scale": each.scale,
+                    "sha256": describe(each.path)["sha256"],
+                }
+                for each in self.loras
+            ],
             "tolerance_db": usual if self.tolerance_db is None else self.tolerance_db,
+            "computed": str(self.kept.computed).removeprefix("torch."),
         }
 
 
@@ -74,46 +98,104 @@ def export_bundle(
         raise CheckpointError(
             f"{source} is a single file; export reads a folder in diffusers layout"
         )
-    if checkpoint.family != _FAMILY:
+    if checkpoint.family not in _FAMILIES:
         raise CheckpointError(
-            f"{source} is a {checkpoint.family}; export writes {_FAMILY} so far; run it with backend='torch'"
+            f"{source} is a {checkpoint.family}; export writes {', '.join(_FAMILIES)}; run it with backend='torch'"
         )
-    check_sizes(config.sizes, checkpoint.defaults["latent_factor"])
+    check_sizes(config.sizes, checkpoint.defaults)
     _check_target(config)
     _estimate(checkpoint, target, config, say)
-    kept = precision(config.precision)
-    with written_whole(target) as work:
-        store = store_weights(checkpoint, work, kept)
-        stages = _write_graphs(checkpoint, store, work, config, say)
-        files = store.files | {
-            name: describe(work / name) for graphs in stages.values() for name in graphs.values()
-        }
-        bundle = replace(
-            _bundle(checkpoint, config, target.name), folder=work, stages=stages, files=files
-        )
+    with written_whole(target) as work, _merged(checkpoint, config, target) as checkpoint:
+        quantised = quantisation(checkpoint, config, say)
+        store, bundle = write_bundle(checkpoint, work, config, quantised, say)
+        bundle = replace(bundle, name=target.name)
         say("verify: against float32 torch")
         report = verify(bundle, checkpoint, "onnxruntime")
         require(report, budget_of(bundle))
         provenance = {**bundle.provenance, "verification": report.as_json()}
         if config.target == "tensorrt":
-            bundle = _with_engines(bundle, config.gpus, say)
+            graphs = engine_graphs(checkpoint, store, bundle, config, say)
+            bundle = _with_engines(bundle, graphs, config, say)
+            shutil.rmtree(work / _ENGINE_GRAPHS, ignore_errors=True)
         save_manifest(replace(bundle, provenance=provenance))
     return target
 
 
-def _check_target(config: ExportConfig) -> None:
-    if config.target != "tensorrt":
+def write_bundle(
+    checkpoint: Checkpoint,
+    folder: Path,
+    config: ExportConfig,
+    quantised: Quantised | None,
+    say: Say,
+) -> tuple[Store, Bundle]:
+    """Weights and graphs in ``folder``, compared with nothing yet, and what the manifest will say of them."""
+    store = store_weights(checkpoint, folder, config.kept, quantised)
+    stages = _write_graphs(checkpoint, store, folder, config, say)
+    files = store.files | {
+        name: describe(folder / name) for graphs in stages.values() for name in graphs.values()
+    }
+    bundle = _bundle(checkpoint, config, folder.name)
+    provenance = {**bundle.provenance, "source": _source(checkpoint, store)}
+    if quantised is not None:
+        provenance["quantisation"] = quantised.as_json()
+    return store, replace(bundle, folder=folder, stages=stages, files=files, provenance=provenance)
+
+
+def _source(checkpoint: Checkpoint, store: Store) -> dict[str, Any]:
+    """What the bundle was made of: the weights' files by component, each with its size and hash."""
+    weights = {
+        f"{name}/{path.name}": path
+        for name, part in checkpoint.components.items()
+        for path in part.weights.files
+    }
+    # What was copied has been hashed on the way.
+    files = {name: store.files.get(name) or describe(path) for name, path in weights.items()}
+    return {"name": checkpoint.source.name, "files": files}
+
+
+@contextmanager
+def _merged(checkpoint: Checkpoint, config: ExportConfig, target: Path) -> Iterator[Checkpoint]:
+    """The checkpoint with its low-rank updates merged, whose files lie beside the target as long as this lasts."""
+    if not config.loras:
+        yield checkpoint
         return
-    if precision(config.precision).stored not in (None, precision(config.precision).computed):
-        raise RequestError(
-            f"target tensorrt would compute {config.precision} graphs in float32; choose precision fp32 or fp16"
-        )
-    check_gpus(config.gpus)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.merged-") as folder:
+        yield merged(checkpoint, config.loras, Path(folder))
 
 
-def _with_engines(bundle: Bundle, gpus: Sequence[str], say: Say) -> Bundle:
+def _check_target(config: ExportConfig) -> None:
+    if config.target == "tensorrt":
+        check_gpus(config.gpus)
+
+
+def quantisation(checkpoint: Checkpoint, config: ExportConfig, say: Say) -> Quantised | None:
+    """How the denoiser's weights are kept in codes, where they are."""
+    if not config.kept.quantised:
+        return None
+    found = plan(checkpoint, config.precision, config.group, config.calibration, say)
+    for line in found.sensitivity.lines():
+        say(line)
+    return found
+
+
+def engine_graphs(
+    checkpoint: Checkpoint, store: Store, bundle: Bundle, config: ExportConfig, say: Say
+) -> dict[str, dict[str, str]]:
+    """What engines are built from: the bundle's graphs, where those are written in what engines compute in."""
+    dtype = config.kept.in_engines
+    if dtype == config.kept.computed:
+        return bundle.stages
+    return _write_graphs(
+        checkpoint, store, bundle.folder, config, say, dtype=dtype, under=f"{_ENGINE_GRAPHS}/"
+    )
+
+
+def _with_engines(
+    bundle: Bundle, graphs: dict[str, dict[str, str]], config: ExportConfig, say: Say
+) -> Bundle:
     """The bundle with engines, which were built and, where this machine lacks those GPUs, have not run."""
-    engines = build_engines(bundle.folder, bundle.stages, gpus, say)
+    wanted = {name: each for name, each in graphs.items() if _has_engine(name, config)}
+    engines = build_engines(bundle.folder, wanted, config.gpus, say)
     names = [
         name
         for entry in engines.values()
@@ -124,19 +206,24 @@ def _with_engines(bundle: Bundle, gpus: Sequence[str], say: Say) -> Bundle:
     return replace(bundle, engines=engines, files=files)
 
 
+def _has_engine(stage: str, config: ExportConfig) -> bool:
+    """Every engine holds its weights once more, and the plain denoiser serves masks and a few schedulers alone."""
+    return config.plain or stage != "denoise"
+
+
 def _estimate(checkpoint: Checkpoint, target: Path, config: ExportConfig, say: Say) -> None:
     """Say what the export will take; BundleError where the disk cannot hold it."""
-    graphs = sum(
-        len(stage_profiles(stage, config.sizes)) for stage in stage_names(checkpoint.components)
-    )
+    profiles = profiles_of(checkpoint, config.sizes, config.batches)
+    graphs = sum(len(each) for each in profiles.values())
     weights = {
         name: sum(path.stat().st_size for path in part.weights.files)
         for name, part in checkpoint.components.items()
     }
     # An engine holds its stage's weights once more.
     engines = sum(
-        weights[_COMPONENT_OF[stage][1]] * len(stage_profiles(stage, config.sizes))
-        for stage in stage_names(checkpoint.components)
+        weights[stage_component(stage, checkpoint.components)] * len(each)
+        for stage, each in profiles.items()
+        if _has_engine(stage, config)
     )
     needed = stored_bytes(checkpoint) + graphs * _GRAPH_BYTES + engines * len(config.gpus)
     free = require_room(target, needed)
@@ -170,31 +257,51 @@ def _bundle(checkpoint: Checkpoint, config: ExportConfig, name: str) -> Bundle:
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, store: Store, root: Path, config: ExportConfig, say: Say
+    checkpoint: Checkpoint,
+    store: Store,
+    root: Path,
+    config: ExportConfig,
+    say: Say,
+    *,
+    dtype: torch.dtype | None = None,
+    under: str = "",
 ) -> dict[str, dict[str, str]]:
-    """Export every stage at every profile; stage -> profile -> file."""
+    """Export every stage at every profile, in ``dtype`` or what is computed; stage -> profile -> file."""
     files: dict[str, dict[str, str]] = {}
-    for stage in stage_names(checkpoint.components):
-        module = _stage(checkpoint, stage, precision(config.precision).computed)
-        prefix, component = _COMPONENT_OF[stage]
-        weights = {prefix + name: tensor for name, tensor in store.tensors[component].items()}
-        for profile in stage_profiles(stage, config.sizes):
+    for stage, profiles in profiles_of(checkpoint, config.sizes, config.batches).items():
+        module = _stage(checkpoint, stage, dtype or config.kept.computed)
+        stored = store.tensors[stage_component(stage, checkpoint.components)]
+        weights = {_prefix(module) + name: tensor for name, tensor in stored.items()}
+        for profile in profiles:
             began = time.perf_counter()
             arrays = example_inputs(checkpoint, module.inputs, stage, profile)
             model = trace(module, {name: torch.from_numpy(array) for name, array in arrays.items()})
+            quantise_graph(model, root, weights)
             point_to_weights(model, weights)
-            relative = f"{stage}/{profile}.onnx"
+            relative = f"{under}{stage}/{profile}.onnx"
             save(model, root / relative)
             files.setdefault(stage, {})[profile] = relative
             say(f"{relative}: {time.perf_counter() - began:.1f} s")
     return files
 
 
+def _prefix(stage: Stage) -> str:
+    """What stands before a parameter's own name in the stage's graph."""
+    ((name, child),) = stage.named_children()
+    return f"{name}." + (_prefix(child) if isinstance(child, Stage) else "")
+
+
 def _stage(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Stage:
-    """The stage in ``dtype``; in 16 bits an overflown pixel is NaN, which is noticed, rather than black."""
-    module = build_stage(
-        name, checkpoint.components, lambda part: load_component(checkpoint, part, dtype)
-    )
+    """The stage in ``dtype``, whose weights are not read: a graph points to them where they are stored.
+
+    In 16 bits an overflown pixel is NaN, which is noticed, rather than black.
+    """
+
+    def hollow(part: str) -> nn.Module:
+        return made_safe(checkpoint.skeleton(part, dtype), checkpoint.configs[part], dtype)
+
+    with FakeTensorMode():
+        module = build_stage(name, checkpoint.components, hollow)
     if isinstance(module, DecodeStage):
         module.keep_overflow = dtype != torch.float32
     return module.eval()

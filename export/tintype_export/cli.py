@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from tintype.commands.output import picture_size
+from tintype.errors import RequestError
+from tintype.models.quantised import GROUPS
 
 from .bundle import ExportConfig, export_bundle
+from .calibration import PROMPTS, Calibration
+from .storage import PRECISIONS
 
 
 def register(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser("export", help="write a bundle that runs without torch")
-    parser.add_argument("model", type=Path, help="checkpoint folder in diffusers layout")
+    parser.add_argument(
+        "model", help="checkpoint folder in diffusers layout, or the name of a model in the box"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument("--target", choices=["onnx", "tensorrt"], default="onnx")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument(
         "--size",
         type=picture_size,
@@ -27,13 +33,48 @@ def register(subparsers: Any) -> None:
         help="picture sizes; the model's own by default",
     )
     parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], metavar="N", help="pictures of one call"
+    )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="tensorrt: an engine of the plain denoiser, too, for masks, rescaled guidance and pndm",
+    )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="low-rank updates to merge into the weights",
+    )
+    parser.add_argument(
         "--gpu", nargs="+", default=[], metavar="sm_NN", help="what tensorrt builds for: sm_89 ..."
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         metavar="PSNR_DB",
-        help="least fidelity of a picture; 60 for fp32 and 40 for 16 bits by default",
+        help="least fidelity of a picture; by default 60 for fp32, 40 for 16 bits, 30 for int8 and fp8, 27 for int4",
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        choices=GROUPS,
+        default=64,
+        help="weights of int4 that share a scale",
+    )
+    parser.add_argument(
+        "--calibration-prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts to calibrate int8, int4 and fp8 with, one a line; a few of our own by default",
+    )
+    parser.add_argument(
+        "--calibration-steps",
+        type=int,
+        default=Calibration.steps,
+        metavar="N",
+        help="steps of each calibration prompt; 0 rounds the weights alone, without calibration",
     )
     parser.add_argument("--steps", type=int, help="steps of a request that names none")
     parser.add_argument("--guidance", type=float, help="guidance of a request that names none")
@@ -44,8 +85,11 @@ def register(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, verify, and say where the bundle is."""
     from tintype.checkpoints import open_checkpoint
+    from tintype.checkpoints.lora import Lora
+    from tintype.loading import resolve
 
-    defaults = open_checkpoint(options.model).defaults
+    source = resolve(options.model)
+    defaults = open_checkpoint(source).defaults
     sizes = options.size or [(defaults["width"], defaults["height"])]
     asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
     asked |= {"width": sizes[0][0], "height": sizes[0][1]}
@@ -54,10 +98,31 @@ def run(options: argparse.Namespace) -> None:
         precision=options.precision,
         target=options.target,
         gpus=tuple(options.gpu),
+        plain=options.plain,
+        loras=tuple(Lora.parse(text) for text in options.lora),
+        batches=tuple(options.batch),
         tolerance_db=options.tolerance,
         defaults={name: value for name, value in asked.items() if value is not None},
+        calibration=_calibration(options.calibration_prompts, options.calibration_steps),
+        group=options.group,
     )
     bundle = export_bundle(
-        options.model, options.output, config, lambda line: print(line, file=sys.stderr)
+        source, options.output, config, lambda line: print(line, file=sys.stderr)
     )
     print(bundle)
+
+
+def _calibration(file: Path | None, steps: int) -> Calibration | None:
+    """What to calibrate with, or None for nothing."""
+    if steps < 1:
+        return None
+    if file is None:
+        return Calibration(PROMPTS, steps)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--calibration-prompts {file} cannot be read: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise RequestError(f"--calibration-prompts {file} holds no prompt; write one a line")
+    return Calibration(prompts, steps)

@@ -19,7 +19,14 @@ from tintype.errors import CheckpointError
 from tintype.models.stages import Stage
 
 OPSET = 20
-_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_DTYPES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "I8": ir.DataType.INT8,
+    "U8": ir.DataType.UINT8,  # int4 codes, two a byte
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ def stored_tensors(root: Path, weights: Weights) -> dict[str, StoredTensor]:
         location = path.relative_to(root).as_posix()
         for key, entry in header.items():
             targets = () if key == "__metadata__" else weights.translate(key)
-            if len(targets) == 1 and targets[0].parts == 1 and not targets[0].transposed:
+            if len(targets) == 1 and targets[0].as_stored:
                 begin, end = entry["data_offsets"]
                 shape = targets[0].shape(tuple(entry["shape"]))
                 dtype = _dtype(location, entry["dtype"])
@@ -61,7 +68,8 @@ def trace(stage: Stage, inputs: Mapping[str, Tensor]) -> ir.Model:
     """Export ``stage`` for exactly the shapes of ``inputs``; parameters keep their torch names."""
     # The exporter reports every optional operator library that it does not find.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    # Attention that may need a gradient is traced to other memory layouts than it is then decomposed to.
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
         program = torch.onnx.export(
             stage,
@@ -79,17 +87,14 @@ def trace(stage: Stage, inputs: Mapping[str, Tensor]) -> ir.Model:
 
 
 def _fold_shapes(model: ir.Model) -> None:
-    """Compute what depends on shapes alone; leave every node that reads a parameter, so that none is copied."""
-    parameters = set(model.graph.initializers)
-
-    def foldable(node: ir.Node) -> bool | None:
-        return (
-            False
-            if any(value is not None and value.name in parameters for value in node.inputs)
-            else None
-        )
-
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=foldable)
+    """Compute what depends on shapes alone; a parameter has no value meanwhile, so that none is copied."""
+    parameters = list(model.graph.initializers.values())
+    values = [parameter.const_value for parameter in parameters]
+    for parameter in parameters:
+        parameter.const_value = None
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.const_value = value
     for simplification in (
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
@@ -117,12 +122,13 @@ def point_to_weights(model: ir.Model, weights: Mapping[str, StoredTensor]) -> No
                 f"{stored.location}: {name} is stored as {list(stored.shape)}, the graph has another"
             )
         if value.const_value.dtype == stored.dtype:
-            value.const_value = _external(name, stored)
+            value.const_value = external(name, stored)
         else:
             _cast_from_storage(graph, value, stored)
 
 
-def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
+def external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
+    """The tensor where it is stored."""
     return ir.ExternalTensor(
         stored.location,
         stored.offset,
@@ -142,7 +148,7 @@ def _cast_from_storage(graph: ir.Graph, value: ir.Value, stored: StoredTensor) -
         name=f"{name}.stored",
         type=ir.TensorType(stored.dtype),
         shape=ir.Shape(stored.shape),
-        const_value=_external(f"{name}.stored", stored),
+        const_value=external(f"{name}.stored", stored),
     )
     cast = ir.node("Cast", [source], {"to": wide}, name=f"{name}.cast")
     cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,29 +10,51 @@ from numpy.typing import NDArray
 
 from tintype.checkpoints import Checkpoint
 from tintype.errors import ProfileError
+from tintype.families.conditioning import STAGES, Conditioning, joined
+from tintype.families.stepping import HISTORY, step_row
+from tintype.loading import checkpoint_tokenizers
+from tintype.models.stages import STEPS, stage_component, stage_names
 from tintype.profiles import Profile
-from tintype.tokenizer import ClipTokenizer
+from tintype_kernels import Row
 
 Arrays = dict[str, NDArray[Any]]
-
-# Guidance doubles the batch of the denoiser; without guidance one row is enough.
-_DENOISE_ROWS = (1, 2)
-
-
-def stage_profiles(stage: str, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """The profile names of ``stage`` for pictures of ``sizes`` (width, height)."""
-    if stage.startswith("encode") and stage != "encode_image":
-        return ["b1"]
-    rows = _DENOISE_ROWS if stage == "denoise" else (1,)
-    return [Profile(width, height, n).name for width, height in sizes for n in rows]
+_STATE = (
+    "sample",
+    "history",
+    "row",
+    "noise",
+)  # what a step is given besides what the denoiser is told
+_ROW = Row(0.8, -0.6, 0.7, 0.1, (0.5, 0.3, -0.2, 0.1), s=0.2, guidance=5.0)
 
 
-def check_sizes(sizes: Sequence[tuple[int, int]], factor: int) -> None:
-    """Raises ProfileError where a side is not a multiple of the model's factor."""
+def profiles_of(
+    checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]], batches: Sequence[int] = (1,)
+) -> dict[str, list[str]]:
+    """The profile names of every stage for pictures of ``sizes`` (width, height), ``batches`` of them a call."""
+    told = checkpoint.family == "flux"  # is told its guidance, where others are run on two rows
+    rows = {"denoise": sorted({n * each for n in batches for each in ((1,) if told else (1, 2))})}
+    rows |= dict.fromkeys(STEPS, sorted(set(batches)))
+
+    def names(stage: str) -> list[str]:
+        if stage in STAGES:
+            return ["b1"]
+        return [Profile(*size, n).name for size in sizes for n in rows.get(stage, [1])]
+
+    defaults = checkpoint.defaults
+    shown = defaults["denoiser_channels"] != defaults["latent_channels"]  # inpaints: sees a mask
+    absent = set(STEPS) if shown else {"guided_step"} if told else set()
+    return {
+        stage: names(stage) for stage in stage_names(checkpoint.components) if stage not in absent
+    }
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]], defaults: Mapping[str, Any]) -> None:
+    """Raises ProfileError where a side is not a multiple of what the model's sides come in."""
+    multiple = defaults.get("size_multiple", defaults["latent_factor"])
     for width, height in sizes:
-        if width % factor or height % factor or min(width, height) < factor:
+        if width % multiple or height % multiple or min(width, height) < multiple:
             raise ProfileError(
-                f"size {width}x{height}: width and height must be multiples of {factor}"
+                f"size {width}x{height}: width and height must be multiples of {multiple}"
             )
 
 
@@ -45,32 +67,53 @@ def example_inputs(
     found = Profile.parse(profile) or Profile(defaults["width"], defaults["height"], 1)
     rows, factor = found.batch, defaults["latent_factor"]
     cells = (found.height // factor, found.width // factor)
-    widths = _widths(checkpoint)
 
     def normal(*shape: int) -> NDArray[np.float32]:
         return rng.standard_normal(shape, np.float32)
 
+    def text() -> Conditioning:
+        return _conditioning(checkpoint, normal)
+
+    latents = (rows, defaults["latent_channels"], *cells)
     makers: Mapping[str, Any] = {
         "input_ids": lambda: _tokens(checkpoint, stage),
         "sample": lambda: normal(rows, defaults["denoiser_channels"], *cells),
         "timestep": lambda: np.full(rows, 500.0, np.float32),
-        "encoder_hidden_states": lambda: normal(rows, 77, widths["hidden"]),
-        "text_embeds": lambda: normal(rows, widths["pooled"]),
+        "encoder_hidden_states": lambda: text().hidden.repeat(rows, axis=0),
+        "text_embeds": lambda: text().pooled.repeat(rows, axis=0),
+        "guidance": lambda: np.full(rows, 3.5, np.float32),
         "time_ids": lambda: np.full((rows, 6), float(found.height), np.float32),
-        "latents": lambda: normal(rows, defaults["latent_channels"], *cells),
+        "latents": lambda: normal(*latents),
+        "history": lambda: normal(rows, HISTORY, *latents[1:]),
+        "noise": lambda: normal(*latents),
+        # every coefficient counts, as a row of unipc's has them
+        "row": lambda: step_row(500.0, 0.9, _ROW)[None].repeat(rows, axis=0),
         "image": lambda: rng.random((rows, found.height, found.width, 3), np.float32),
     }
-    return {name: makers[name]() for name in names}
+    arrays: Arrays = {name: makers[name]() for name in names}
+    if stage == "guided_step":
+        pairs = [name for name in names if name not in _STATE]
+        arrays |= {name: np.stack([arrays[name], makers[name]()], axis=1) for name in pairs}
+    return arrays
 
 
 def _tokens(checkpoint: Checkpoint, stage: str) -> NDArray[np.int64]:
-    folder = checkpoint.tokenizer_folders[1 if stage == "encode_2" else 0]
-    return ClipTokenizer(folder)("a red lighthouse on a rocky coast at dusk")
+    encoders = [name for name in STAGES if name in stage_names(checkpoint.components)]
+    tokenizer = checkpoint_tokenizers(checkpoint)[encoders.index(stage)]
+    return tokenizer("a red lighthouse on a rocky coast at dusk")
 
 
-def _widths(checkpoint: Checkpoint) -> dict[str, int]:
-    second = checkpoint.configs.get("text_encoder_2", {})
-    return {
-        "hidden": int(checkpoint.configs["unet"]["cross_attention_dim"]),
-        "pooled": int(second.get("projection_dim", 0)),
-    }
+def _conditioning(
+    checkpoint: Checkpoint, normal: Callable[..., NDArray[np.float32]]
+) -> Conditioning:
+    """What the encoders tell the denoiser, joined as at run time, of normal values."""
+    parts = {}
+    for stage in stage_names(checkpoint.components):
+        if stage in STAGES:
+            config = checkpoint.configs[stage_component(stage, checkpoint.components)]
+            tokens = _tokens(checkpoint, stage).shape[1]
+            is_t5 = "d_model" in config
+            hidden = normal(1, tokens, config["d_model" if is_t5 else "hidden_size"])
+            pooled = None if is_t5 else normal(1, config["projection_dim"])
+            parts[stage] = Conditioning(hidden, pooled)
+    return joined(checkpoint.family, parts, checkpoint.defaults)

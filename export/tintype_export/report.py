@@ -19,11 +19,15 @@ class Budget:
 
 
 # float32 against float32 is what the order of summation may change. In 16 bits every layer rounds by 2**-11 (fp16)
-# or 2**-8 (bf16); a stage is some dozens of layers, whose errors add up as their root.
+# or 2**-8 (bf16); a stage is some dozens of layers, whose errors add up as their root. In codes a step is 2**-8 of the
+# range for int8, 2**-4 of the value for e4m3 and 2**-4 of the range for int4, where a random weight is off by a tenth.
 BUDGETS = {
     "fp32": Budget(60.0, 1e-4),
     "fp16": Budget(40.0, 2e-2),
     "bf16": Budget(40.0, 6e-2),
+    "int8": Budget(30.0, 1e-1),
+    "int4": Budget(27.0, 3e-1),
+    "fp8": Budget(30.0, 1e-1),
 }
 
 
@@ -61,7 +65,11 @@ class PictureReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every stage at every profile, and a picture unless a stage gave NaN. Both sides say what they compute in."""
+    """Every stage at every profile, and a picture unless a stage gave NaN. Both sides say what they compute in.
+
+    ``written``: what the manifest says that the graphs are written in. ``accuracy``: shares of right readings of
+    pictures by the judge beside the model, an attribute each and overall, where it was asked for.
+    """
 
     backend: str
     precision: str
@@ -69,6 +77,8 @@ class Report:
     reference: str
     stages: list[StageReport]
     picture: PictureReport | None
+    written: str = "float32"
+    accuracy: dict[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, in which what is not finite is null."""
@@ -97,7 +107,7 @@ class Report:
                 f"{where} differs from the reference by {stage.relative_error:.1e}, allowed is "
                 f"{budget.stage_error:.0e} (worst element: {stage.worst_at}, by {stage.worst:.1e})"
             )
-        declared = {"float32", DTYPES.get(self.precision, self.precision)}
+        declared = {"float32", self.written, DTYPES.get(self.precision, self.precision)}
         if undeclared := sorted(set(stage.computes) - declared):
             yield f"{where} computes in {undeclared[0]}, and the bundle declares {self.precision}"
 
@@ -115,3 +125,6 @@ class Report:
             )
             steps = " ".join(f"{error:.1e}" for error in p.latents_error)
             yield f"latents' relative error by step: {steps}"
+        if self.accuracy is not None:
+            read = ", ".join(f"{name} {share:.1%}" for name, share in self.accuracy.items())
+            yield f"prompt accuracy: {read}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tintype.backends.torch import load_component
+from tintype.backends.torch import made_safe
 from tintype.bundle import MANIFEST, describe
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.files import PICKLES, Weights
 from tintype.errors import RequestError
+from tintype.models.stages import stage_component
 
 from .graphs import StoredTensor, stored_tensors
+from .quantisation import HIGH, Quantised, write_quantised
 from .writing import copy_described
 
 _WEIGHT_SUFFIXES = PICKLES | {".safetensors", ".msgpack", ".h5", ".gguf"}
@@ -30,18 +32,28 @@ Files = dict[str, dict[str, Any]]
 class Precision:
     """What weights are stored in (None: as they are) and what a graph's products are written in.
 
-    bfloat16 is stored and not written: opset 20 has no bfloat16 convolution. A runtime that computes in it does so
-    by its own setting, and the others widen the weights when they load them.
+    ``quantised``: so are the other components, and the few of the denoiser's layers that are not kept in codes.
+    bfloat16 is stored and not written: opset 20 has no bfloat16 convolution. A runtime that computes in it does so by
+    its own setting, and the others widen the weights when they load them.
     """
 
     stored: torch.dtype | None
     computed: torch.dtype
+    quantised: bool = False
+
+    @property
+    def in_engines(self) -> torch.dtype:
+        """What engines compute in, of which TensorRT's convolve in bfloat16."""
+        return self.computed if self.stored is None or self.quantised else self.stored
 
 
 PRECISIONS = {
     "fp32": Precision(None, torch.float32),
     "fp16": Precision(torch.float16, torch.float16),
     "bf16": Precision(torch.bfloat16, torch.float32),
+    "int8": Precision(HIGH, torch.float32, quantised=True),
+    "int4": Precision(HIGH, torch.float32, quantised=True),
+    "fp8": Precision(HIGH, torch.float32, quantised=True),
 }
 
 
@@ -53,14 +65,19 @@ class Store:
     tensors: dict[str, dict[str, StoredTensor]]
 
 
-def precision(name: str) -> Precision:
-    """The precision of that name."""
+def precision(name: str, target: str = "onnx") -> Precision:
+    """The precision of that name; what TensorRT does not do in codes, it does in float16."""
     if name not in PRECISIONS:
         raise RequestError(f"precision={name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    found = PRECISIONS[name]
+    if found.quantised and target == "tensorrt":
+        return replace(found, computed=torch.float16)
+    return found
 
 
-def store_weights(checkpoint: Checkpoint, root: Path, kept: Precision) -> Store:
+def store_weights(
+    checkpoint: Checkpoint, root: Path, kept: Precision, quantised: Quantised | None = None
+) -> Store:
     """Write the checkpoint's weights, tokenizers and terms into ``root``."""
     if kept.stored is None:
         return _copied(checkpoint, root)
@@ -68,10 +85,16 @@ def store_weights(checkpoint: Checkpoint, root: Path, kept: Precision) -> Store:
     files = {name: copy_described(path, root / name) for name, path in _flattened(texts)}
     tensors = {}
     for name in checkpoint.components:
-        relative = f"weights/{name}.safetensors"
-        _save_rounded(load_component(checkpoint, name, kept.stored), root / relative)
-        files[relative] = describe(root / relative)
-        tensors[name] = stored_tensors(root, Weights((root / relative,)))
+        part = checkpoint.components[name]
+        if quantised is not None and name == stage_component("denoise", checkpoint.components):
+            written = write_quantised(
+                part.weights, root / f"weights/{name}", quantised, kept.computed
+            )
+        else:
+            module = made_safe(checkpoint.component(name, kept.stored), part.config, kept.computed)
+            written = (_save_rounded(module, root / f"weights/{name}.safetensors"),)
+        files |= {path.relative_to(root).as_posix(): describe(path) for path in written}
+        tensors[name] = stored_tensors(root, Weights(written))
     return Store(files, tensors)
 
 
@@ -85,7 +108,7 @@ def wanted_files(checkpoint: Checkpoint) -> list[str]:
     """The checkpoint's files relative to it, but for hidden ones, graphs, and weights that it has in other forms."""
     root = checkpoint.source
     used = {path for part in checkpoint.components.values() for path in part.weights.files}
-    own_folders = {root, *(path.parent for path in used)}
+    own_folders = {root, *(root / name for name in checkpoint.components)}
 
     def wanted(path: Path) -> bool:
         parts = path.relative_to(root).parts
@@ -104,16 +127,20 @@ def _copied(checkpoint: Checkpoint, root: Path) -> Store:
     files = {name: copy_described(source / name, root / name) for name in wanted_files(checkpoint)}
     tensors = {}
     for name, part in checkpoint.components.items():
-        copies = tuple(root / path.relative_to(source) for path in part.weights.files)
+        copies = tuple(root / name / path.name for path in part.weights.files)
+        for path, copy in zip(part.weights.files, copies, strict=True):
+            if not path.is_relative_to(source):  # merged, and lying elsewhere
+                files[f"{name}/{path.name}"] = copy_described(path, copy)
         tensors[name] = stored_tensors(root, Weights(copies, part.weights.translate))
     return Store(files, tensors)
 
 
-def _save_rounded(module: nn.Module, path: Path) -> None:
+def _save_rounded(module: nn.Module, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)  # it is written for its owner alone, and a bundle is for whoever runs it
+    return path
 
 
 def _terms(source: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from tintype.backends import Arrays
 from tintype.backends.torch import TorchBackend
 from tintype.bundle import Bundle
 from tintype.checkpoints import Checkpoint
-from tintype.errors import BundleError
+from tintype.errors import BundleError, RequestError
 from tintype.loading import bundle_pipeline, checkpoint_pipeline
 from tintype.pipeline import Pipeline
 
@@ -22,12 +22,20 @@ from .profiles import example_inputs
 from .quality import psnr, ssim
 from .report import BUDGETS, Budget, PictureReport, Report, StageReport
 
+# What pictures are asked for with when the judge reads them, as when the model in the box was measured.
+_READ = {"num_inference_steps": 20, "scheduler": "dpmpp_2m", "guidance_scale": 4.0}
+_READ_SEED = 5
 _PROMPT, _SEED, _STEPS = "a red lighthouse on a rocky coast at dusk", 7, 8
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def verify(bundle: Bundle, checkpoint: Checkpoint, backend: str = "auto") -> Report:
-    """Compare the bundle with ``checkpoint`` on float32 torch, every stage at every profile, and a picture."""
+def verify(
+    bundle: Bundle, checkpoint: Checkpoint, backend: str = "auto", prompts: int = 0
+) -> Report:
+    """Compare the bundle with ``checkpoint`` on float32 torch, every stage at every profile, and a picture.
+
+    With ``prompts`` the judge beside the checkpoint reads that many pictures of held-out prompts.
+    """
     engine = bundle_pipeline(bundle, backend).family.backend
     stages = list(_stage_reports(bundle, checkpoint, backend))
     finite = all(stage.finite for stage in stages)
@@ -38,7 +46,24 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, backend: str = "auto") -> Rep
         reference=f"torch {torch.__version__}, float32, of {checkpoint.source.name}",
         stages=stages,
         picture=_picture_report(bundle, checkpoint, backend) if finite else None,
+        written=bundle.provenance.get("options", {}).get("computed", "float32"),
+        accuracy=_accuracy(bundle, checkpoint, backend, prompts) if prompts and finite else None,
     )
+
+
+def _accuracy(bundle: Bundle, checkpoint: Checkpoint, backend: str, count: int) -> dict[str, float]:
+    """The judge's readings of pictures that the bundle draws."""
+    from tintype.training.postcard.evaluate import prompt_accuracy, prompts
+    from tintype.training.postcard.judge import load_judge
+
+    folder = checkpoint.source / "judge"
+    if not folder.is_dir():
+        raise RequestError(
+            f"{checkpoint.source} has no judge; prompt accuracy is read for models in the box, such as postcard"
+        )
+    pipe = bundle_pipeline(bundle, backend)
+    asked = prompts(count, _READ_SEED, held_out=True)
+    return prompt_accuracy(pipe, load_judge(folder), asked, **_READ)
 
 
 def budget_of(bundle: Bundle) -> Budget:

@@ -28,6 +28,13 @@ def register(subparsers: Any) -> None:
         help="the checkpoint that it came from; by default the one in the bundle's own folder",
     )
     parser.add_argument("--backend", default="auto", help="see `tintype inspect`")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also draw N held-out prompts and let the judge beside the model read them",
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -39,15 +46,23 @@ def run(options: argparse.Namespace) -> None:
 
     bundle = open_bundle(resolve(options.bundle), remember=False)
     source = _checkpoint_folder(bundle.folder, options.against)
-    report, budget = _verify(bundle, source, options.backend)
+    report, budget = _verify(bundle, source, options.backend, options.prompts)
     faults = report.faults(budget)
     if options.json:
         print(json.dumps({"bundle": str(bundle.folder), **report.as_json(), "faults": faults}))
     else:
         print(f"{bundle.folder}: {len(bundle.files)} files have the hashes that the manifest says")
-        print("\n".join(report.lines()))
+        print("\n".join([*report.lines(), *_sensitivity_lines(bundle)]))
     if faults:
         raise BundleError(f"{bundle.folder}: {'; '.join(faults[:2])}")
+
+
+def _sensitivity_lines(bundle: Bundle) -> list[str]:
+    """What export found of a quantised bundle's layers."""
+    from .sensitivity import Sensitivity
+
+    said = bundle.provenance.get("quantisation")
+    return [] if said is None else list(Sensitivity.from_json(said["sensitivity"]).lines())
 
 
 def _checkpoint_folder(bundle: Path, against: str | None) -> Path:
@@ -62,7 +77,7 @@ def _checkpoint_folder(bundle: Path, against: str | None) -> Path:
     return bundle
 
 
-def _verify(bundle: Bundle, source: Path, backend: str) -> tuple[Report, Budget]:
+def _verify(bundle: Bundle, source: Path, backend: str, prompts: int) -> tuple[Report, Budget]:
     try:
         from tintype.checkpoints import open_checkpoint
 
@@ -71,4 +86,4 @@ def _verify(bundle: Bundle, source: Path, backend: str) -> tuple[Report, Budget]
         raise BackendUnavailable(
             f'verify needs {error.name}, which is absent; install it with: pip install "tintype[export]"'
         ) from error
-    return verify(bundle, open_checkpoint(source), backend), budget_of(bundle)
+    return verify(bundle, open_checkpoint(source), backend, prompts), budget_of(bundle)

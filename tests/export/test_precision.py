@@ -10,11 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tintype
-from remembered_traces import remembered_trace
+from remembered_traces import GUIDED, remembered_trace
 from small_checkpoints import save_smallest
 from tintype.errors import RequestError
 from tintype_export import bundle as exporting
-from tintype_export import profiles
 from tintype_export.bundle import ExportConfig, export_bundle
 from tintype_export.quality import psnr
 from tolerances import LEAST_DB_16_BITS
@@ -43,7 +42,7 @@ def exported(request, tmp_path_factory):
     config = ExportConfig(((16, 16),), precision=request.param, defaults=defaults)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "trace", remembered_trace)
-        patch.setattr(profiles, "_DENOISE_ROWS", (2,))  # a guided step's
+        patch.setattr(exporting, "profiles_of", lambda *_: GUIDED)
         return source, export_bundle(source, folder / "bundle", config), request.param
 
 

@@ -47,27 +47,37 @@ def test_every_profile_is_built_for_every_gpu(tiny_copy):
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.usefixtures("traced_once")
 def test_an_exported_stage_is_built_in_its_precision(source, tmp_path, monkeypatch, precision):
     """The decoder, which has every kind of layer but cross attention."""
-    monkeypatch.setattr(exporting, "stage_names", lambda components: ("decode",))
+    decode = {"decode": ["16x16-b1"]}
+    monkeypatch.setattr(exporting, "profiles_of", lambda *_: decode)
     # A bundle of one stage makes no picture to verify.
     nothing = Report("none", precision, "nothing", "nothing", [], None)
     monkeypatch.setattr(exporting, "verify", lambda *_: nothing)
+    products, parse = set(), building._parse
+
+    def watched(*arguments):
+        network = parse(*arguments)
+        products.update(convolutions(network))
+        return network
+
+    monkeypatch.setattr(building, "_parse", watched)
     config = ExportConfig(((16, 16),), precision, None, SMALL, "tensorrt", ("sm_89",))
     folder = export_bundle(source, tmp_path / "bundle", config)
     bundle = open_bundle(folder)
     (relative,) = bundle.engines["sm_89"]["stages"]["decode"].values()
     assert bundle.files[relative]["size"] == (folder / relative).stat().st_size
-    log = building._Log(trt)
-    network = building._parse(trt, log, folder, bundle.stages["decode"]["16x16-b1"])
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    products = {
-        layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION
-    }
-    assert products == {{"fp32": trt.float32, "fp16": trt.float16}[precision]}
+    assert products == {{"fp32": trt.float32, "fp16": trt.float16, "bf16": trt.bfloat16}[precision]}
+    assert sorted(path.name for path in folder.glob("**/*.onnx")) == ["16x16-b1.onnx"]
     assert bundle.provenance["options"]["gpus"] == ["sm_89"]
+
+
+def convolutions(network):
+    """The types that a network's convolutions give."""
+    layers = (network.get_layer(number) for number in range(network.num_layers))
+    return {each.get_output(0).dtype for each in layers if each.type == trt.LayerType.CONVOLUTION}
 
 
 def test_a_node_that_tensorrt_lacks_is_named_in_one_line(tiny_copy):
@@ -104,12 +114,6 @@ def test_gpus_are_checked_before_any_work(source, tmp_path):
     with pytest.raises(RequestError, match="gpu='sm_12' is unknown; choose from .*sm_89"):
         export_bundle(source, tmp_path / "bundle", config)
     assert not (tmp_path / "bundle").exists()
-
-
-def test_bfloat16_is_refused_where_it_would_be_computed_in_float32(source, tmp_path):
-    config = ExportConfig(((16, 16),), "bf16", None, SMALL, "tensorrt", ("sm_89",))
-    with pytest.raises(RequestError, match="choose precision fp32 or fp16"):
-        export_bundle(source, tmp_path / "bundle", config)
 
 
 def test_an_absent_package_names_the_extras(monkeypatch):

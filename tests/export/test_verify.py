@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from tintype.bundle import describe, open_bundle, save_manifest
 from tintype.checkpoints import open_checkpoint
 from tintype.cli import FAILED, main
+from tintype.errors import RequestError
 from tintype.loading import BOX
 from tintype_export import verify_cli
 from tintype_export.quality import psnr, ssim
 from tintype_export.report import Budget, Report, StageReport
-from tintype_export.verify import verify
+from tintype_export.verify import _accuracy, verify
 from tolerances import SSIM, STAGE_FP32
 
 POSTCARD = BOX / "postcard"
@@ -92,7 +93,9 @@ def test_nan_is_found_and_named(tmp_path):
     describe_again(folder, UNET)
     bundle = open_bundle(folder)
     stages = {"denoise": {"128x128-b1": bundle.stages["denoise"]["128x128-b1"]}}
-    report = verify(replace(bundle, stages=stages), open_checkpoint(POSTCARD), "onnxruntime")
+    report = verify(
+        replace(bundle, stages=stages, tokenizers=[]), open_checkpoint(POSTCARD), "onnxruntime"
+    )
     assert report.faults(Budget(0, 1)) == ["stage denoise at 128x128-b1 gave NaN or infinity"]
     assert report.stages[0].worst_at.startswith("model_output[0, 2,")
     assert report.as_json()["stages"][0]["relative_error"] is None
@@ -105,6 +108,26 @@ def test_a_precision_that_the_manifest_does_not_declare_is_a_fault():
     (fault,) = report.faults(Budget(40, 1))
     assert "stage decode at 16x16-b1 computes in float16, and the bundle declares fp32" in fault
     assert not replace(report, precision="fp16").faults(Budget(40, 1))
+
+
+def test_the_judge_reads_what_a_bundle_draws():
+    read = _accuracy(open_bundle(POSTCARD), open_checkpoint(POSTCARD), "onnxruntime", 2)
+    assert read["overall"] > 0.8  # a guess is right about once in four
+    report = Report("onnxruntime", "fp32", "float32", "torch", [], None, accuracy=read)
+    assert any(line.startswith("prompt accuracy: place") for line in report.lines())
+
+
+def test_prompt_accuracy_wants_a_judge_beside_the_model(tiny_bundle):
+    checkpoint = replace(open_checkpoint(POSTCARD), source=tiny_bundle)
+    with pytest.raises(RequestError, match="has no judge; .* models in the box"):
+        _accuracy(open_bundle(POSTCARD), checkpoint, "onnxruntime", 2)
+
+
+def test_what_the_manifest_says_that_graphs_are_written_in_is_declared():
+    stage = StageReport("denoise", "16x16-b1", ["float16"], 0, 1, 0, "model_output[0]", True)
+    report = Report("onnxruntime", "int8", "float32", "torch", [stage], None)
+    assert "computes in float16, and the bundle declares int8" in report.faults(Budget(30, 1))[0]
+    assert not replace(report, written="float16").faults(Budget(30, 1))
 
 
 def test_psnr_is_the_textbook_formula():

@@ -1,0 +1,164 @@
+"""Graphs whose layers read codes: QuantizeLinear and DequantizeLinear around the products of a float graph.
+
+int8 and e4m3 weights have a scale an output channel; int4 ones have one a block, which is opset 21's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from .graphs import StoredTensor, external
+
+_BLOCKS_OPSET = 21
+_SCALE = ".weight_scale"
+# A zero of the type that an input is rounded to says which type that is.
+_ZEROS = {
+    ir.DataType.INT8: np.zeros((), np.int8),
+    ir.DataType.FLOAT8E4M3FN: np.zeros((), ml_dtypes.float8_e4m3fn),
+}
+
+
+def quantise_graph(model: ir.Model, root: Path, weights: Mapping[str, StoredTensor]) -> None:
+    """Make every layer that ``weights`` holds codes of read those, and its input rounded where there is a scale for it.
+
+    ``weights`` are the component's tensors under the graph's names, in files relative to ``root``.
+    """
+    graph = _Graph(model.graph, root, weights)
+    for name in [name.removesuffix(_SCALE) for name in weights if name.endswith(_SCALE)]:
+        if f"{name}.weight" in model.graph.initializers:  # not every model uses all that it has
+            graph.quantise(name)
+
+
+class _Graph:
+    """A graph under change, and the values that several layers share."""
+
+    def __init__(self, graph: ir.Graph, root: Path, weights: Mapping[str, StoredTensor]) -> None:
+        self.graph = graph
+        self.root = root
+        self.weights = weights
+        self.first = graph[0]
+        self.rounded: dict[tuple[int, float], ir.Value] = {}
+
+    def quantise(self, layer: str) -> None:
+        value = self.graph.initializers[f"{layer}.weight"]
+        codes = self.weights[f"{layer}.weight"]
+        for product in list(_products(value)):
+            self._round_input(product, layer, codes.dtype)
+        if codes.dtype == ir.DataType.UINT8:
+            self._read_blocks(layer, value)
+        else:
+            value.replace_all_uses_with(self._dequantised(layer, codes, axis=0))
+        del self.graph.initializers[f"{layer}.weight"]
+
+    def _read_blocks(self, layer: str, value: ir.Value) -> None:
+        """int4: a linear layer's codes lie as its product takes them, a convolution's in rows."""
+        packed, scale = (self.weights[f"{layer}.{each}"] for each in ("weight", "weight_scale"))
+        assert value.shape is not None
+        shape = value.shape.numpy()
+        rows, columns = packed.shape[0], 2 * packed.shape[1]
+        codes = replace(packed, dtype=ir.DataType.INT4, shape=(rows, columns))
+        self.graph.opset_imports[""] = _BLOCKS_OPSET
+        if len(shape) == 2:
+            block = rows // scale.shape[0]
+            _use_transposed(value, self._dequantised(layer, codes, axis=0, block_size=block))
+            return
+        block = columns // scale.shape[1]
+        flat = self._dequantised(layer, codes, axis=1, block_size=block)
+        sizes = self._initializer(ir.tensor(np.array(shape), name=f"{layer}.weight.shape"))
+        whole = ir.node("Reshape", [flat, sizes], name=f"{layer}.weight.whole")
+        value.replace_all_uses_with(self._begin(whole, scale.dtype, shape))
+
+    def _dequantised(self, layer: str, codes: StoredTensor, **attributes: int) -> ir.Value:
+        """The weight that stored codes stand for, made at the graph's beginning."""
+        name, scale = f"{layer}.weight", self.weights[f"{layer}.weight_scale"]
+        inputs = [
+            self._initializer(external(f"{name}.codes", codes)),
+            self._initializer(external(f"{name}_scale", scale)),
+        ]
+        node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}.dequantised")
+        return self._begin(node, scale.dtype, codes.shape)
+
+    def _round_input(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
+        """Let a product read its first input through 8 bits, where the layer has a scale for that."""
+        stored, x = self.weights.get(f"{layer}.input_scale"), product.inputs[0]
+        if stored is None or x is None:
+            return
+        if (smoothing := self.weights.get(f"{layer}.smoothing")) is not None:
+            factors = self._initializer(external(f"{layer}.smoothing", smoothing))
+            node = ir.node("Mul", [x, factors], name=f"{layer}.smoothed")
+            x = self._follow(x, node, x.dtype)
+        key = (id(x), self._scalar(stored))
+        if key not in self.rounded:  # layers that round one value alike share it
+            self.rounded[key] = self._rounded(x, layer, stored, kind)
+        product.replace_input_with(0, self.rounded[key])
+
+    def _rounded(
+        self, x: ir.Value, layer: str, stored: StoredTensor, kind: ir.DataType
+    ) -> ir.Value:
+        scale = self._initializer(external(f"{layer}.input_scale", stored))
+        zero = self._initializer(ir.tensor(_ZEROS[kind], name=f"zero.{kind.name.lower()}"))
+        node = ir.node("QuantizeLinear", [x, scale, zero], name=f"{layer}.input.codes")
+        codes = self._follow(x, node, kind)
+        node = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{layer}.input")
+        return self._follow(codes, node, x.dtype)
+
+    def _scalar(self, stored: StoredTensor) -> float:
+        with (self.root / stored.location).open("rb") as file:
+            file.seek(stored.offset)
+            return float(np.frombuffer(file.read(stored.length), stored.dtype.numpy())[0])
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        assert tensor.name is not None
+        if tensor.name not in self.graph.initializers:
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+            value = ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[tensor.name]
+
+    def _begin(self, node: ir.Node, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """The output of a node that is put before all that the graph had."""
+        self.graph.insert_before(self.first, node)
+        return _described(node, dtype, ir.Shape(shape))
+
+    def _follow(self, x: ir.Value, node: ir.Node, dtype: ir.DataType | None) -> ir.Value:
+        """The output, of x's shape, of a node that is put right behind what gives x."""
+        if (producer := x.producer()) is None:
+            self.graph.insert_before(self.first, node)
+        else:
+            self.graph.insert_after(producer, node)
+        return _described(node, dtype, x.shape)
+
+
+def _described(node: ir.Node, dtype: ir.DataType | None, shape: ir.Shape | None) -> ir.Value:
+    (output,) = node.outputs
+    output.name, output.shape = node.name, shape
+    output.type = None if dtype is None else ir.TensorType(dtype)
+    return output
+
+
+def _products(weight: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that multiply by a weight, directly or through its transpose."""
+    for node, _ in weight.uses():
+        if node.op_type in ("Transpose", "Cast"):
+            yield from _products(node.outputs[0])
+        else:
+            yield node
+
+
+def _use_transposed(weight: ir.Value, transposed: ir.Value) -> None:
+    """What multiplies by the transpose of ``weight`` [out, in] multiplies by ``transposed`` [in, out]."""
+    for node, index in list(weight.uses()):
+        if node.op_type == "Transpose":
+            node.outputs[0].replace_all_uses_with(transposed)
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
+        else:
+            assert node.op_type == "Gemm", node
+            node.attributes["transB"] = ir.AttrInt64("transB", 0)
+            node.replace_input_with(index, transposed)

@@ -1,0 +1,192 @@
+"""`--precision int8 | int4 | fp8`: what each means for a denoiser, and its weights written in it, file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tintype.checkpoints import Checkpoint
+from tintype.checkpoints.files import Weights
+from tintype.checkpoints.weights import parameters
+from tintype.models.quantised import LayerCodes, Scheme
+from tintype.models.stages import stage_component
+
+from .calibration import Calibration, LayerInputs, calibrate
+from .rounding import round_layer
+from .sensitivity import MOST_MEASURED, Rounder, Sensitivity, by_rule, measured
+
+Say = Callable[[str], None]
+
+HIGH = torch.float16  # what is not kept in codes is stored in this
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What inputs are rounded to where there is calibration, and what the layers' errors may add up to."""
+
+    activations: str
+    allowed: float
+
+
+# The allowed relative errors of one evaluation keep the picture in the box some 5 dB above its budget.
+KINDS = {
+    "int8": Kind("static", 0.02),
+    "int4": Kind("none", 0.03),
+    "fp8": Kind("static", 0.02),
+}
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How a denoiser's weights are written: ``rounder`` gives a chosen layer's codes when its weight comes by."""
+
+    scheme: Scheme
+    sensitivity: Sensitivity
+    rounder: Rounder
+    calibration: Calibration | None
+
+    def as_json(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "weights": self.scheme.weights,
+            "activations": self.scheme.activations,
+            "group": self.scheme.group,
+            "calibration": None if self.calibration is None else self.calibration.as_json(),
+            "sensitivity": self.sensitivity.as_json(),
+        }
+
+
+def plan(
+    checkpoint: Checkpoint,
+    precision: str,
+    group: int,
+    calibration: Calibration | None,
+    say: Say,
+) -> Quantised:
+    """Calibrate, measure, choose; without ``calibration`` weights alone are rounded and a rule chooses."""
+    kind = KINDS[precision]
+    if calibration is None:
+        scheme = _scheme(precision, "none", group)
+        return Quantised(scheme, by_rule(_skeleton(checkpoint), scheme), _rounder(scheme, {}), None)
+    scheme = _scheme(precision, kind.activations, group)
+    say(f"calibrate: {len(calibration.prompts)} prompts, {calibration.steps} steps")
+    stage, seen = calibrate(checkpoint, calibration)
+    rounder = _rounder(scheme, seen.layers)
+    ((_, model),) = stage.named_children()
+    if sum(each.numel() for each in model.parameters()) > MOST_MEASURED:
+        return Quantised(scheme, by_rule(model, scheme, seen.layers), rounder, calibration)
+    say("sensitivity: one layer at a time")
+    return Quantised(
+        scheme, measured(stage, seen, scheme, rounder, kind.allowed), rounder, calibration
+    )
+
+
+def _scheme(weights: str, activations: str, group: int) -> Scheme:
+    return Scheme(weights, activations, group if weights == "int4" else None)
+
+
+def _rounder(scheme: Scheme, layers: Mapping[str, LayerInputs]) -> Rounder:
+    return lambda name, weight: round_layer(weight, scheme, layers.get(name))
+
+
+def _skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """The denoiser without its weights."""
+    with torch.device("meta"):
+        name = stage_component("denoise", checkpoint.components)
+        return checkpoint.skeleton(name, torch.float32)
+
+
+def write_quantised(
+    weights: Weights, path: Path, quantised: Quantised, scales: torch.dtype
+) -> tuple[Path, ...]:
+    """Write ``path`` with .safetensors added, one file for each that ``weights`` has; what was written.
+
+    A file's tensors are read one by one, so that what is in memory is one of them and the result of one file. What
+    stays high is written in float16, and scales in ``scales``, which is what the graph computes in.
+    """
+    chosen = quantised.sensitivity.chosen(quantised.scheme.weights)
+    path.parent.mkdir(exist_ok=True)
+    count, written = len(weights.files), []
+    for number, source in enumerate(weights.files, 1):
+        part = f"-{number:05}-of-{count:05}" if count > 1 else ""
+        kept: dict[str, Tensor] = {}
+        for name, tensor in parameters(weights, source):
+            layer = name.removesuffix(".weight")
+            if layer != name and layer in chosen:
+                codes = quantised.rounder(layer, tensor.float())
+                kept.update(layer_tensors(layer, codes, scales))
+            else:
+                kept[name] = tensor.to(HIGH).contiguous()
+        target = path.with_name(f"{path.name}{part}.safetensors")
+        save_file(kept, target, metadata={"format": "pt"})
+        target.chmod(0o644)  # it is written for its owner alone
+        written.append(target)
+    return tuple(written)
+
+
+def layer_tensors(layer: str, kept: LayerCodes, scales: torch.dtype) -> dict[str, Tensor]:
+    """What a file holds of a layer, by name.
+
+    int4 codes lie two a byte, the first in the low half, as ONNX has them: a linear layer's as [in, out], with scales
+    [groups, out], which is how onnxruntime's own op wants them; a convolution's as [out, in * kernel].
+    """
+    codes, scale = kept.codes, kept.weight_scale
+    if kept.scheme.weights == "int4":
+        flat = codes.flatten(1)
+        linear = codes.ndim == 2
+        codes = packed(flat.t().contiguous() if linear else flat)
+        scale = scale.t() if linear else scale
+    optional = {"input_scale": kept.input_scale, "smoothing": kept.smoothing}
+    tensors = {"weight": codes, "weight_scale": scale.to(scales), **_given(optional, scales)}
+    return {f"{layer}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _given(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: each.to(dtype) for name, each in tensors.items() if each is not None}
+
+
+def read_layers(path: Path, model: nn.Module) -> dict[str, LayerCodes]:
+    """The quantised layers in a file that `write_quantised` wrote for ``model``, to run or tune them on torch."""
+    tensors = load_file(path)
+    suffix = ".weight_scale"
+    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {
+        name: _read_layer(tensors, name, model.get_submodule(name).weight.shape) for name in names
+    }
+
+
+_STORED = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
+
+
+def _read_layer(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> LayerCodes:
+    codes, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float()
+    input_scale, smoothing = (
+        tensors.get(f"{name}.{each}") for each in ("input_scale", "smoothing")
+    )
+    weights, group = _STORED[codes.dtype], None
+    if weights == "int4":
+        codes = unpacked(codes)
+        if len(shape) == 2:
+            codes, scale = codes.t(), scale.t()
+        group = codes.shape[1] // scale.shape[1]
+    scheme = Scheme(weights, "none" if input_scale is None else "static", group)
+    wide = [None if each is None else each.float() for each in (input_scale, smoothing)]
+    return LayerCodes(scheme, codes.reshape(shape).contiguous(), scale.contiguous(), *wide)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """int4 codes [rows, columns], two a byte: uint8 [rows, columns / 2], the earlier in the low half."""
+    nibbles = codes.to(torch.uint8) & 15
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def unpacked(stored: Tensor) -> Tensor:
+    """int8 [rows, columns] of `packed`."""
+    nibbles = torch.stack([stored & 15, stored >> 4], -1).flatten(1).to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)

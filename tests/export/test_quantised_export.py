@@ -1,0 +1,243 @@
+"""Bundles in codes: true to float32 within budget, small, with layers kept high where it pays, from any shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tintype
+from remembered_traces import GUIDED, remembered_trace
+from small_checkpoints import save_smallest
+from tintype.bundle import open_bundle
+from tintype.checkpoints import open_checkpoint
+from tintype.checkpoints.files import Weights
+from tintype.errors import RequestError
+from tintype.models.quantised import Scheme, nearest, quantisable, replace_layers
+from tintype.models.stages import Stage
+from tintype_export import bundle as exporting
+from tintype_export import profiles, quantisation
+from tintype_export.bundle import ExportConfig, export_bundle
+from tintype_export.calibration import Calibration, Seen
+from tintype_export.quality import psnr
+from tintype_export.quantisation import plan, read_layers, write_quantised
+from tintype_export.report import BUDGETS
+from tintype_export.sensitivity import (
+    LayerReport,
+    Sensitivity,
+    by_rule,
+    layer_errors,
+    measured,
+    worst,
+)
+from tolerances import STAGE_FP32
+
+SETTINGS = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+SETTINGS |= {"width": 16, "height": 16}
+PROMPTS = Calibration(("red", "the red"), steps=2, rows=64, shown=2)
+
+
+def make_config(precision, **changes):
+    defaults = {"width": 16, "height": 16}
+    config = ExportConfig(((16, 16),), precision, defaults=defaults, calibration=PROMPTS, group=32)
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_smallest(tmp_path_factory.mktemp("smallest") / "checkpoint")
+
+
+@pytest.fixture(scope="module", params=["int8", "int4", "fp8"])
+def exported(request, source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "trace", remembered_trace)
+        patch.setattr(exporting, "profiles_of", lambda *_: GUIDED)
+        return export_bundle(source, folder / "bundle", make_config(request.param)), request.param
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_pictures_are_true_to_float32_within_the_budget(source, exported, backend):
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    folder, precision = exported
+    expected = tintype.load(source, backend="torch", dtype="float32")("red", **SETTINGS).images
+    actual = tintype.load(folder, backend=backend)("red", **SETTINGS).images
+    assert BUDGETS[precision].psnr_db < psnr(actual, expected) < 90
+
+
+def test_weights_take_the_bytes_that_their_bits_say(source, exported):
+    folder, precision = exported
+    tensors = load_file(folder / "weights/unet.safetensors")
+    floats = load_file(source / "unet/diffusion_pytorch_model.safetensors")
+    layers = [name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")]
+    assert len(layers) > 20
+    bits = {"int8": 8, "int4": 4, "fp8": 8}[precision]
+    for name in layers:
+        assert 8 * tensors[name].nbytes == bits * floats[name].numel()
+    assert {tensors[name].dtype for name in floats.keys() - set(layers)} == {torch.float16}
+    stored = {path.name for path in (folder / "weights").iterdir()}
+    assert stored == {"text_encoder.safetensors", "unet.safetensors", "vae.safetensors"}
+
+
+def test_the_report_says_what_each_layer_alone_does(exported):
+    folder, precision = exported
+    said = json.loads((folder / "bundle.json").read_text())["provenance"]["quantisation"]
+    assert said["weights"] == precision
+    assert said["activations"] == ("none" if precision == "int4" else "static")
+    assert said["calibration"]["prompts"] == list(PROMPTS.prompts)
+    layers = {row["name"]: row for row in said["sensitivity"]["layers"]}
+    tensors = load_file(folder / "weights/unet.safetensors")
+    for name, row in layers.items():
+        assert (row["stored"] == precision) == (f"{name}.weight_scale" in tensors)
+        assert row["stored"] == "high" or 0 < row["error"] < 1
+    assert layers["conv_in"] == {"name": "conv_in", "stored": "high", "error": None}
+
+
+def test_torch_runs_the_layers_of_a_bundle_as_the_bundle_does(source, exported):
+    folder, precision = exported
+    backend = tintype.load(source, backend="torch", dtype="float32").family.backend
+    unet = backend.module("denoise").unet
+    inputs = profiles.example_inputs(
+        open_checkpoint(source), backend.inputs("denoise"), "denoise", "16x16-b2"
+    )
+    in_float = backend.run("denoise", "16x16-b2", inputs)["model_output"]
+    state = {name: tensor.half().float() for name, tensor in unet.state_dict().items()}
+    unet.load_state_dict(state)  # layers kept high are stored so
+    replace_layers(unet, read_layers(folder / "weights/unet.safetensors", unet))
+    expected = backend.run("denoise", "16x16-b2", inputs)["model_output"]
+    engine = tintype.load(folder, backend="onnxruntime").family.backend
+    actual = engine.run("denoise", "16x16-b2", inputs)["model_output"]
+    difference, scale = np.linalg.norm(actual - expected), np.linalg.norm(expected)
+    if precision == "int4":
+        assert difference < STAGE_FP32 * scale
+    else:  # sums in another order round some inputs to another code, and each of those many more
+        assert difference < 0.5 * np.linalg.norm(in_float - actual)
+
+
+def test_what_is_worst_is_kept_high_until_the_rest_adds_up_to_little():
+    errors = {f"layer{n}": 0.001 for n in range(30)} | {"bad": 0.02, "worse": 0.03}
+    assert worst(errors, allowed=0.01) == {"bad", "worse"}
+    assert worst(errors, allowed=0.025) == {"worse"}
+    assert worst(errors, allowed=1.0) == set()
+    assert len(worst(errors, allowed=0.0)) == 3  # of 32: no more than a tenth
+
+
+class Added(Stage):
+    """Two layers whose shares of the output are known."""
+
+    inputs, outputs = ("sample",), ("model_output",)
+
+    def __init__(self):
+        super().__init__()
+        self.unet = nn.ModuleDict({"loud": nn.Linear(32, 8), "quiet": nn.Linear(32, 8)})
+
+    def forward(self, x):
+        return self.unet["loud"](x) + 1e-3 * self.unet["quiet"](x)
+
+
+def test_a_layers_error_is_that_of_the_output_with_it_alone_in_codes():
+    torch.manual_seed(0)
+    stage, x, scheme = Added(), torch.randn(5, 32), Scheme("int8")
+    rounder = lambda name, weight: nearest(weight.detach(), scheme)  # noqa: E731
+    called = {"loud": None, "quiet": None}
+    errors = layer_errors(stage, Seen(called, [(x,)]), [*called], rounder)
+    for name, share in (("loud", 1.0), ("quiet", 1e-3)):
+        weight = stage.unet[name].weight.detach().double()
+        codes = (weight / (weight.abs().amax(1, keepdim=True) / 127)).round()
+        change = codes * weight.abs().amax(1, keepdim=True) / 127 - weight
+        expected = share * (x.double() @ change.t()).norm() / stage(x).detach().double().norm()
+        assert errors[name] == pytest.approx(float(expected), rel=1e-3)
+    assert isinstance(stage.unet["loud"], nn.Linear)
+    found = measured(stage, Seen({"loud": None}, [(x,)]), scheme, rounder, allowed=1.0)
+    assert [layer.stored for layer in found.layers] == ["int8", "high"]  # quiet was never called
+
+
+def test_without_measurement_a_rule_keeps_the_gates_high(source):
+    model = open_checkpoint(source).component("unet")
+    found = by_rule(model, Scheme("int4", group=64))
+    kept = {layer.name for layer in found.layers if layer.stored == "high"}
+    assert {"conv_in", "conv_out", "time_embedding.linear_1"} < kept
+    assert "down_blocks.0.resnets.0.time_emb_proj" in kept
+    assert "down_blocks.0.attentions.0.proj_in" in kept  # 32 inputs are half a group
+    assert found.chosen("int4") == quantisable(model).keys() - kept
+
+
+def test_without_calibration_weights_alone_are_in_codes(source, tmp_path):
+    checkpoint = open_checkpoint(source)
+    found = plan(checkpoint, "int8", 64, None, print)
+    assert (found.scheme, found.sensitivity.decided) == (Scheme("int8"), "by rule")
+    unet = checkpoint.components["unet"].weights
+    (path,) = write_quantised(unet, tmp_path / "unet", found, torch.float32)
+    assert not [name for name in load_file(path) if name.endswith("input_scale")]
+
+
+def test_a_sharded_checkpoint_is_written_shard_by_shard(source, tmp_path, monkeypatch):
+    """What is in memory is one tensor and one shard's result, whatever the whole takes."""
+    tensors = load_file(source / "unet/diffusion_pytorch_model.safetensors")
+    names, shards = sorted(tensors), []
+    for number in range(3):
+        shards.append(tmp_path / f"shard{number}.safetensors")
+        save_file({name: tensors[name] for name in names[number::3]}, shards[-1])
+    found = plan(open_checkpoint(source), "int4", 32, None, print)
+    held = []
+    saved = save_file
+    monkeypatch.setattr(
+        quantisation,
+        "save_file",
+        lambda kept, *rest, **more: (held.append(set(kept)), saved(kept, *rest, **more)),
+    )
+    weights = Weights(tuple(shards))
+    written = write_quantised(weights, tmp_path / "out/unet", found, torch.float32)
+    assert [path.name for path in written] == [
+        f"unet-0000{n}-of-00003.safetensors" for n in (1, 2, 3)
+    ]
+    assert max(map(len, held)) < sum(map(len, held)) / 2
+    (whole,) = write_quantised(
+        open_checkpoint(source).components["unet"].weights,
+        tmp_path / "whole/unet",
+        found,
+        torch.float32,
+    )
+    together = {name: t for path in written for name, t in load_file(path).items()}
+    expected = load_file(whole)
+    assert together.keys() == expected.keys()
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
+
+
+def test_engines_are_built_of_codes_and_float16(source, tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(exporting, "trace", remembered_trace)
+    monkeypatch.setattr(exporting, "profiles_of", lambda *_: GUIDED)
+    config = make_config("int8", target="tensorrt", gpus=("sm_89",), plain=True)
+    bundle = open_bundle(export_bundle(source, tmp_path / "bundle", config))
+    (engine,) = bundle.engines["sm_89"]["stages"]["denoise"].values()
+    assert bundle.files[engine]["size"] > bundle.files["weights/unet.safetensors"]["size"] / 2
+    assert bundle.provenance["options"]["computed"] == "float16"
+    stages = {row["stage"]: row for row in bundle.provenance["verification"]["stages"]}
+    assert stages["denoise"]["computes"] == ["float16"]
+
+
+def test_a_group_that_there_is_not_is_refused_before_any_work(source, tmp_path):
+    with pytest.raises(RequestError, match="groups of 32, 64, 128; asked was group=48"):
+        export_bundle(source, tmp_path / "bundle", make_config("int4", group=48))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_report_lists_the_most_sensitive_layers_first():
+    layers = [
+        LayerReport("a", "int8", 1e-3),
+        LayerReport("b", "high", 0.5),
+        LayerReport("c", "high"),
+    ]
+    head, *rows = Sensitivity("measured", layers).lines()
+    assert head == "3 layers, 2 kept high, measured"
+    assert [row.split()[0] for row in rows] == ["b", "a"]
+    found = Sensitivity("measured", layers)
+    assert Sensitivity.from_json(json.loads(json.dumps(found.as_json()))) == found
