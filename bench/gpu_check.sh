@@ -1,28 +1,88 @@
 #!/usr/bin/env bash
-# Checks and times the kernels on a GPU: bench/gpu_check.sh OUT_DIR [options of tintype_bench.kernels ...]
-# Needs python with torch, triton and numpy, and no installation: everything runs from this checkout.
+# Checks and times everything on a GPU, part by part: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]
+#
+# Parts: kernels sd15 sdxl sd3 flux-dev flux-schnell batches report (all by default, in this order). A part ends within
+# LIMIT seconds (540); one that stopped before its end goes on where it was when the same line is run again, and one that
+# is done is left alone. OPTIONS go to the part's command: of `tintype_bench.kernels` for kernels, else of `tintype bench`.
+# Needs python with torch, triton, numpy, pillow, tokenizers, safetensors and transformers, and no installation:
+# everything runs from this checkout. Wheels in the folder WHEELS (diffusers, for the peers) are unpacked beside it.
 set -uo pipefail
-out="${1:?usage: bench/gpu_check.sh OUT_DIR [options of tintype_bench.kernels ...]}"
+usage="usage: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]"
+out="${1:?$usage}"
 shift
+all=(kernels sd15 sdxl sd3 flux-dev flux-schnell batches report)
+parts=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do parts+=("$1"); shift; done
+[ $# -gt 0 ] && shift
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 cd "$(dirname "$0")/.."
-export PYTHONPATH="rt:kernels:bench:tests" PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET TINTYPE_KERNELS
 python="${PYTHON:-python3}"
+limit="${LIMIT:-540}"
+export PYTHONPATH="rt:kernels:export:bench:tests" PYTHONUNBUFFERED=1
+# What compilers and the bench make is kept with the results, so that a part that goes on finds it.
+export TINTYPE_CACHE="${TINTYPE_CACHE:-$out/cache}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$out/cache/inductor}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$out/cache/triton}"
+unset TRITON_INTERPRET TINTYPE_KERNELS
+for wheel in "${WHEELS:-/nonexistent}"/*.whl; do
+    [ -e "$wheel" ] || continue
+    [ -d "$out/wheels/$(basename "$wheel")" ] || "$python" -m zipfile -e "$wheel" "$out/wheels/$(basename "$wheel")"
+    PYTHONPATH="$PYTHONPATH:$out/wheels/$(basename "$wheel")"
+done
 failed=0
 
-device=cuda
-for argument in "$@"; do [ "$argument" = cpu ] && device=cpu; done
+kernels() {
+    local device=cuda argument
+    for argument in "$@"; do [ "$argument" = cpu ] && device=cpu; done
+    echo "== checks on $device"
+    if [ "$device" = cuda ] && "$python" -c "import pytest" 2>/dev/null; then
+        # No conftest of the whole suite: it imports packages that are not needed here.
+        "$python" -m pytest --confcutdir=tests/gpu -q tests/gpu 2>&1 | tee "$out/tests.txt" || return 1
+    else
+        "$python" -m kernel_checks "$device" 2>&1 | tee "$out/tests.txt" || return 1
+    fi
+    echo "== times"
+    "$python" -m tintype_bench.kernels --json "$out/kernels.json" "$@" 2>&1 | tee "$out/kernels.txt"
+}
 
-echo "== checks on $device"
-if [ "$device" = cuda ] && "$python" -c "import pytest" 2>/dev/null; then
-    # No conftest of the whole suite: it imports packages that are not needed here.
-    "$python" -m pytest --confcutdir=tests/gpu -q tests/gpu 2>&1 | tee "$out/tests.txt" || failed=1
-else
-    "$python" -m kernel_checks "$device" 2>&1 | tee "$out/tests.txt" || failed=1
-fi
+# generators NAME TEXT [OPTIONS]: the cases of the gpu suite that have TEXT in their names
+generators() {
+    local name="$1" text="$2"
+    shift 2
+    "$python" -m tintype_bench --suite gpu --only "$text" --json "$out/$name.json" --report "$out/$name.html" \
+        --markdown "$out/$name.md" --resume --time-limit "$limit" "$@"
+}
 
-echo "== times"
-"$python" -m tintype_bench.kernels --json "$out/kernels.json" "$@" 2>&1 | tee "$out/kernels.txt" || failed=1
+part() {
+    local name="$1"
+    shift
+    case "$name" in
+    kernels) kernels "$@" ;;
+    sd15) generators sd15 "sd15 *, batch 1," "$@" ;;
+    sdxl) generators sdxl "sdxl *, batch 1," "$@" ;;
+    sd3) generators sd3 "sd3-medium *, batch 1," "$@" ;;
+    flux-dev) generators flux-dev "flux1-dev *, batch 1," "$@" ;;
+    flux-schnell) generators flux-schnell "flux1-schnell *, batch 1," "$@" ;;
+    batches) generators batches "*, batch [!1]*" --in-turn "$@" ;;
+    report) cat "$out"/*.md >"$out/campaign.txt" 2>/dev/null && cat "$out/campaign.txt" ;;
+    *)
+        echo "part $name is unknown; choose among ${all[*]}; $usage" >&2
+        return 2
+        ;;
+    esac
+}
+
+for name in "${parts[@]}"; do
+    [ -e "$out/$name.done" ] && continue
+    echo "== $name"
+    part "$name" "$@"
+    status=$?
+    case $status in
+    0) [ "$name" = report ] || touch "$out/$name.done" ;;
+    75) echo "$name is not at its end; run the same line again" && exit 75 ;;
+    *) failed=1 ;;
+    esac
+done
 exit "$failed"

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("tintype", "numpy", "onnxruntime", "tokenizers", "torch", "triton")
+from tintype_bench import nvml
+
+_PACKAGES = (
+    *("tintype", "numpy", "onnxruntime", "openvino", "tokenizers", "torch", "triton"),
+    *("diffusers", "transformers", "safetensors"),
+)
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TINTYPE_NUM_THREADS")
 
 
 def conditions() -> dict[str, Any]:
@@ -23,8 +30,19 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cpu_mhz": _cpu_clock(),
+        "threads": {name: os.environ[name] for name in _THREADS if name in os.environ},
+        **nvml.describe(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def machine_name(surroundings: dict[str, Any]) -> str:
+    """The folder under `bench/results/`: the GPU's name, or the CPU's cores."""
+    gpu = surroundings.get("gpu")
+    if gpu:
+        return str(gpu).lower().replace(" ", "-")
+    return f"cpu-{surroundings['cores']}core"
 
 
 def _version(name: str) -> str | None:
@@ -35,9 +53,20 @@ def _version(name: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    return next(_cpu_info("model name"), platform.processor())
+
+
+def _cpu_clock() -> float | None:
+    """The first core's clock, as the system tells it; many virtual machines tell the nominal one."""
+    return next(map(float, _cpu_info("cpu MHz")), None)
+
+
+def _cpu_info(field: str) -> Iterator[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        return
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            yield value.strip()

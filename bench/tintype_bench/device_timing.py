@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from tintype_bench.spread import Spread, spread
 
 FLUSH_BYTES = (
     512 * 2**20
@@ -15,21 +16,12 @@ FLUSH_BYTES = (
 COPY_BYTES = 2**30
 
 
-class Spread(NamedTuple):
-    """Microseconds."""
-
-    lower: float
-    median: float
-    upper: float
-
-
 def time_call(call: Callable[[], Any], device: str, runs: int) -> Spread:
-    """Median and quartiles of `runs` calls after two to warm up."""
+    """Microseconds of `runs` calls after two to warm up."""
     for _ in range(2):
         call()
     microseconds = _cuda(call, runs) if device == "cuda" else [_wall(call) for _ in range(runs)]
-    lower, median, upper = statistics.quantiles(microseconds, n=4, method="inclusive")
-    return Spread(lower, median, upper)
+    return spread(microseconds)
 
 
 def _cuda(call: Callable[[], Any], runs: int) -> list[float]:

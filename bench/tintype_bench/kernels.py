@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tintype_bench.conditions import conditions
 from tintype_bench.device_timing import copy_bandwidth, time_call
+from tintype_bench.micro import benchmarks
 from tintype_kernels.ahead_of_time import op_modules
 
 FORMS = ("ours", "eager", "compiled", "library")
@@ -84,13 +86,13 @@ def _timed(
     try:
         with torch.no_grad():
             outputs = call(**arguments)
-            spread = time_call(lambda: call(**arguments), options.device, options.runs)
+            found = time_call(lambda: call(**arguments), options.device, options.runs)
     except Exception as error:  # one form's failure is a result; the others still count
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-    seconds = spread.median * 1e-6
+    seconds = found.median * 1e-6
     moved = _bytes(list(arguments.values())) + _bytes(outputs)
     row = {
-        "microseconds": spread._asdict(),
+        "microseconds": asdict(found),
         "gigabytes_per_second": moved / seconds / 1e9,
         "percent_of_copy": 100 * moved / seconds / bandwidth,
     }
@@ -112,7 +114,7 @@ def line(row: Row) -> str:
         return f"{start} {row['failed'][:160]}"
     if "microseconds" not in row:
         return f"{start} {'':26} {row['gigabytes_per_second']:8.0f} GB/s"
-    lower, median, upper = row["microseconds"].values()
+    lower, median, upper = (row["microseconds"][name] for name in ("lower", "median", "upper"))
     text = f"{start} {median:9.1f} us [{lower:.1f}, {upper:.1f}]"
     speeds = f"{row['gigabytes_per_second']:7.0f} GB/s {row['percent_of_copy']:5.1f}%"
     return f"{text:95} {speeds} {row.get('teraflops', ''):.5}".rstrip()
@@ -144,9 +146,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(line(row), flush=True)
         rows.append(row)
         if options.json:  # after each row, so that a run that is cut short is not lost
-            report = {"suite": "kernels", "conditions": surroundings, "rows": rows}
+            report = {"suite": "kernels", "rows": rows, **benchmarks(rows, surroundings)}
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def run_suite(options: argparse.Namespace) -> None:
+    """The suite of `tintype bench`, by its options."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    small = ["--limit", "1", "--batch", "1"] if options.tiny else []
+    small += ["--dtype", "float32"] if device == "cpu" else []
+    runs = ["--runs", str(options.runs)] if options.runs else []
+    only = ["--op", options.only] if options.only else []
+    target = ["--json", str(options.json)] if options.json else []
+    main(["--device", device, *small, *runs, *only, *target])
 
 
 if __name__ == "__main__":

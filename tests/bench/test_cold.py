@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from small_checkpoints import save_smallest
 from tintype.cli import main
-from tintype_bench.cold import PARTS
+from tintype_bench.cold import PARTS, measure
 from tintype_bench.footprint import footprint
 
 
@@ -18,13 +19,25 @@ def test_parts_add_up_and_the_report_is_whole(tiny_bundle, tmp_path, capsys):
         == 0
     )
     report = json.loads(target.read_text())
-    assert len(report["runs"]) == 2
-    for run in report["runs"]:
+    (model,) = report["models"]
+    assert len(model["runs"]) == 2
+    assert "no folder in its layout" in model["diffusers"]["reason"]
+    for run in model["runs"]:
         assert all(run[name] >= 0 for name in PARTS)
         assert sum(run[name] for name in PARTS) == pytest.approx(run["total"])
     assert {"cpu", "cores", "python", "versions", "date"} <= report["conditions"].keys()
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*PARTS, "total", "slim installation"))
+
+
+def test_diffusers_loads_the_same_folder_and_each_part_of_it_is_told(tmp_path):
+    folder = save_smallest(tmp_path / "model")
+    peer = measure(str(folder), 1)["diffusers"]
+    assert peer["status"] == "timed", peer
+    (run,) = peer["runs"]
+    assert all(run[part] > 0 for part in ("interpreter", "import", "load", "draw", "save"))
+    assert sum(run.values()) == pytest.approx(2 * run["total"])
+    assert peer["ratio"] > 0
 
 
 def test_a_model_that_fails_is_an_error(tmp_path, capsys):

@@ -31,6 +31,7 @@ def test_every_form_has_a_row_with_its_share_of_the_bandwidth(tmp_path, monkeypa
     ]  # fmt: skip
     for row in rows:
         times = row["microseconds"]
+        assert times["count"] == 2
         assert 0 < times["lower"] <= times["median"] <= times["upper"]
         seconds, moved = times["median"] * 1e-6, row["gigabytes_per_second"] * 1e9
         if row["op"] == "geglu":  # 4096 rows: two halves read, one written
@@ -49,7 +50,7 @@ def test_a_form_that_fails_says_so_and_the_others_go_on(monkeypatch, capsys):
 
 def test_the_script_checks_and_times(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable}
-    command = [str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path), *SMOKE]
+    command = [str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path), "kernels", "--", *SMOKE]
     done = subprocess.run(
         [*command, "--form", "ours", "--op", "gate_residual"],
         env=environment, capture_output=True, text=True, check=False,
@@ -58,3 +59,12 @@ def test_the_script_checks_and_times(tmp_path):
     assert "gate_residual" in (tmp_path / "kernels.txt").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["rows"]
     assert "0 of " in (tmp_path / "tests.txt").read_text(encoding="utf-8")
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (0, "")  # a part that is done is left alone
+
+
+def test_the_script_names_its_parts(tmp_path):
+    command = [str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path), "sd9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "choose among kernels sd15 sdxl" in done.stderr

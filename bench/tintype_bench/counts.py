@@ -1,0 +1,170 @@
+"""FLOPs and bytes of a stage, counted from its module on the meta device: no weights, no arithmetic.
+
+Products (matrix products, convolutions) and attention are counted one by one; whatever lies between them is taken to
+cost nothing, as if it were fused into them. So the floor that follows is one that no implementation of the same
+arithmetic can pass: each product at the larger of its arithmetic and of one pass over what it reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from tintype.checkpoints import Checkpoint
+from tintype.checkpoints.architectures import builder
+from tintype.models.stages import Stage, build_stage, stage_names
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+_ATTENTION = ("bmm", "baddbmm", "attention")
+_CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Product:
+    """One counted operation: its FLOPs, and how many values it reads and writes."""
+
+    name: str
+    flops: int
+    values: int
+    attention: bool
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine was measured to do at best: FLOP/s by precision, and bytes/s of a copy."""
+
+    flops: Mapping[str, float]
+    bandwidth: float
+
+    def rate(self, precision: str, *, attention: bool) -> float:
+        """FLOP/s of a product; attention stays in 16 bits (fp32: 32) where products have 8."""
+        wide = {"int8": "bf16", "fp8": "bf16"}.get(precision, precision)
+        wanted = wide if attention else precision
+        if wanted == "fp16" and "fp16" not in self.flops:
+            wanted = "bf16"
+        return self.flops.get(wanted, max(self.flops.values()))
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every product that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products: list[Product] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            name = func._overloadpacket.__name__
+            flops = formula(*args, **(kwargs or {}), out_val=result)
+            sizes = [tensor.numel() for tensor in _tensors((args, result))]
+            attends = any(word in name for word in _ATTENTION)
+            # Attention need not write its scores, nor read them again; they are the largest of the three.
+            values = sum(sizes) - (max(sizes) if attends else 0)
+            self.products.append(Product(name, int(flops), values, attends))
+        return result
+
+
+def _tensors(nest: Any) -> Iterator[Tensor]:
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, (list, tuple)):
+        for each in nest:
+            yield from _tensors(each)
+
+
+def count(module: Any, *inputs: Tensor) -> list[Product]:
+    """The products of one call of a module whose weights and inputs are on the meta device."""
+    counter = _Counter()
+    with torch.no_grad(), counter:
+        module(*inputs)
+    return counter.products
+
+
+def floor_seconds(products: list[Product], ceilings: Ceilings, precision: str) -> float:
+    """The least time of these products, one after the other."""
+    width = BYTES[precision]
+    return sum(
+        max(
+            each.flops / ceilings.rate(precision, attention=each.attention),
+            each.values * width / ceilings.bandwidth,
+        )
+        for each in products
+    )
+
+
+def stage_products(
+    checkpoint: Checkpoint, width: int, height: int, rows: int
+) -> dict[str, list[Product]]:
+    """The products of every stage that a picture of this size runs: the denoiser's of `rows`, the others' of one."""
+    names = [name for name in stage_names(checkpoint.components) if _draws(name)]
+    return {
+        name: _count_stage(checkpoint, name, width, height, rows if name == "denoise" else 1)
+        for name in names
+    }
+
+
+def _draws(stage: str) -> bool:
+    """Whether a picture from text alone needs the stage; a whole step is the denoiser once more."""
+    return stage in ("denoise", "decode") or (
+        stage.startswith("encode") and stage != "encode_image"
+    )
+
+
+def _count_stage(
+    checkpoint: Checkpoint, name: str, width: int, height: int, rows: int
+) -> list[Product]:
+    with torch.device("meta"):
+        stage = build_stage(name, checkpoint.components, lambda part: _meta(checkpoint, part))
+        inputs = _meta_inputs(checkpoint, stage, name, (width, height), rows)
+    return count(stage.eval(), *inputs)
+
+
+def _meta(checkpoint: Checkpoint, part: str) -> Any:
+    component = checkpoint.components[part]
+    return builder(part, component.architecture, component.config)()
+
+
+def _meta_inputs(
+    checkpoint: Checkpoint, stage: Stage, name: str, size: tuple[int, int], rows: int
+) -> list[Tensor]:
+    defaults, configs = checkpoint.defaults, checkpoint.configs
+    cells = [side // defaults["latent_factor"] for side in reversed(size)]
+    reads_t5 = configs.get(name.replace("encode", "text_encoder"), {}).get("model_type") == "t5"
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_ids": (rows, defaults["text_tokens"] if reads_t5 else _CLIP_TOKENS),
+        "sample": (rows, defaults["denoiser_channels"], *cells),
+        "timestep": (rows,),
+        "guidance": (rows,),
+        "encoder_hidden_states": (rows, _text_tokens(checkpoint), _text_width(checkpoint)),
+        "text_embeds": (rows, _pooled_width(checkpoint)),
+        "time_ids": (rows, 6),
+        "latents": (rows, defaults["latent_channels"], *cells),
+    }
+    kinds = {"input_ids": torch.int64}
+    return [torch.empty(shapes[n], dtype=kinds.get(n, torch.float32)) for n in stage.inputs]
+
+
+def _text_tokens(checkpoint: Checkpoint) -> int:
+    """SD3's denoiser reads CLIP's tokens and then T5's, FLUX's T5's alone, a UNet CLIP's."""
+    tokens = int(checkpoint.defaults.get("text_tokens", 0))
+    return {"sd3": _CLIP_TOKENS + tokens, "flux": tokens}.get(checkpoint.family, _CLIP_TOKENS)
+
+
+def _text_width(checkpoint: Checkpoint) -> int:
+    if "unet" in checkpoint.components:
+        return int(checkpoint.configs["unet"]["cross_attention_dim"])
+    return int(checkpoint.configs["transformer"]["joint_attention_dim"])
+
+
+def _pooled_width(checkpoint: Checkpoint) -> int:
+    if "transformer" in checkpoint.components:
+        return int(checkpoint.configs["transformer"]["pooled_projection_dim"])
+    return int(checkpoint.configs.get("text_encoder_2", {}).get("projection_dim", 0))

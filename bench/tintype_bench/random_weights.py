@@ -1,0 +1,171 @@
+"""Writes a shape as a checkpoint folder in diffusers layout, with random weights: full size without a download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tintype.checkpoints.architectures import builder
+from tintype_bench.shapes import Part, Shape
+
+_SHARD_BYTES = 4 << 30
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+# The last layers of residual branches. Trained ones add little to what flows past them; drawn as wide as the others
+# they would amplify what 16 and 8 bits round from block to block.
+_BRANCH_ENDS = tuple(
+    f"{layer}.weight"
+    for layer in (
+        "conv2",
+        "to_out.0",
+        "to_add_out",
+        "net.2",
+        "proj_out",
+        "out_proj",
+        "fc2",
+        "o",
+        "wo",
+    )
+)
+_BRANCH_GAIN = 0.5
+_CLIP_CLASS, _T5_CLASS = "CLIPTokenizer", "T5TokenizerFast"
+_CLIP_TOKENS, _T5_TOKENS = 77, 512
+
+
+def write_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Fill `folder`; weights are drawn on `device`, a shard at a time, the same ones for the same device."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, part in shape.parts.items():
+        target = folder / name
+        target.mkdir(parents=True)
+        _write_json(target / "config.json", {"_class_name": part.architecture, **part.config})
+        _write_weights(part, name, target, _draw(generator, dtype))
+    for name, kind in zip(_tokenizer_names(shape), shape.tokenizers, strict=True):
+        (_write_clip_tokenizer if kind == "clip" else _write_t5_tokenizer)(folder / name)
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "scheduler" / "scheduler_config.json", shape.scheduler)
+    _write_json(folder / "model_index.json", _index(shape))
+
+
+def _draw(generator: torch.Generator, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+    """Values that keep activations near unit variance, so that 16 bits hold them at every depth."""
+
+    def draw(name: str, like: Tensor) -> Tensor:
+        if like.ndim < 2:  # norms scale by 1 and shift by 0, as biases do
+            return torch.full(like.shape, float(name.endswith("weight")), dtype=dtype)
+        values = torch.randn(like.shape, generator=generator, device=generator.device)
+        gain = _BRANCH_GAIN if name.endswith(_BRANCH_ENDS) else 1.0
+        drawn: Tensor = (gain * values / like[0].numel() ** 0.5).to(dtype).cpu()
+        return drawn
+
+    return draw
+
+
+def _write_weights(
+    part: Part, name: str, folder: Path, draw: Callable[[str, Tensor], Tensor]
+) -> None:
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        state = builder(name, part.architecture, part.config)().state_dict()
+    stem, shards = _STEMS[part.library], list(_shards(state))
+    files = [_shard_name(stem, number, len(shards)) for number in range(len(shards))]
+    for file, keys in zip(files, shards, strict=True):
+        tensors = {key: draw(key, state[key]).contiguous() for key in keys}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {key: file for file, keys in zip(files, shards, strict=True) for key in keys}
+        _write_json(
+            folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": places}
+        )
+
+
+def _shards(state: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of tensors that are held in memory and written together."""
+    keys: list[str] = []
+    size = 0
+    for key, tensor in state.items():
+        if keys and size + 2 * tensor.numel() > _SHARD_BYTES:
+            yield keys
+            keys, size = [], 0
+        keys.append(key)
+        size += 2 * tensor.numel()
+    yield keys
+
+
+def _shard_name(stem: str, number: int, count: int) -> str:
+    middle = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
+    return f"{stem}{middle}.safetensors"
+
+
+def _tokenizer_names(shape: Shape) -> list[str]:
+    encoders = [name for name in shape.parts if name.startswith("text_encoder")]
+    return [name.replace("text_encoder", "tokenizer") for name in encoders]
+
+
+def _index(shape: Shape) -> dict[str, Any]:
+    classes = {"clip": _CLIP_CLASS, "t5": _T5_CLASS}
+    tokenizers = zip(_tokenizer_names(shape), shape.tokenizers, strict=True)
+    index: dict[str, Any] = {
+        "_class_name": shape.pipeline,
+        "_diffusers_version": "0.31.0",
+        "scheduler": ["diffusers", shape.scheduler["_class_name"]],
+        **{name: [part.library, part.architecture] for name, part in shape.parts.items()},
+        **{name: ["transformers", classes[kind]] for name, kind in tokenizers},
+    }
+    if shape.pipeline == "StableDiffusionPipeline":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        index |= {"requires_safety_checker": False}
+    return index
+
+
+def _write_clip_tokenizer(folder: Path) -> None:
+    """CLIP's byte alphabet without merges; the end token has the highest id, which is where CLIP pools."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder.mkdir()
+    alphabet = sorted(ByteLevel.alphabet())
+    words = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    _write_json(folder / "vocab.json", {word: number for number, word in enumerate(words)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    special = {"bos_token": words[-2], "eos_token": words[-1]}
+    special |= {"pad_token": words[-1], "unk_token": words[-1]}
+    _write_json(folder / "special_tokens_map.json", special)
+    settings = {"model_max_length": _CLIP_TOKENS, "tokenizer_class": _CLIP_CLASS, **special}
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_t5_tokenizer(folder: Path) -> None:
+    """One piece a letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    folder.mkdir()
+    letters = ["\u2581", *(chr(code) for code in range(33, 127))]
+    pieces = [(word, 0.0) for word in ("<pad>", "</s>", "<unk>")]
+    pieces += [(letter, -4.0) for letter in letters]
+    tokenizer = Tokenizer(models.Unigram(pieces, 2, False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": _T5_CLASS,
+        "model_max_length": _T5_TOKENS,
+        "extra_ids": 0,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

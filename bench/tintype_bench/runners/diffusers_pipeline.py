@@ -1,0 +1,173 @@
+"""diffusers, eager or compiled with the settings that its own documentation publishes as the fastest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tintype.checkpoints import open_checkpoint
+from tintype.errors import BackendUnavailable, RequestError
+from tintype_bench.runners import Pictures, Running
+from tintype_bench.runners.component import denoiser_inputs
+from tintype_bench.work import Runner, Work
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load(work: Work, runner: Runner) -> Running:
+    """The pipeline that the checkpoint's `model_index.json` names."""
+    if runner.precision not in _DTYPES:
+        raise RequestError(
+            f"diffusers runs {', '.join(_DTYPES)} by itself; asked was {runner.precision}"
+        )
+    pipe = _pipeline(work, _DTYPES[runner.precision]).to(runner.device)
+    denoiser = _denoiser_name(pipe)
+    if runner.kind == "diffusers-compiled":
+        _compile(pipe, denoiser, runner.device)
+    if work.component:
+        return DiffusersComponent(getattr(pipe, denoiser), work, runner.device)
+    return DiffusersPictures(pipe, work, denoiser, runner.device)
+
+
+def _pipeline(work: Work, dtype: torch.dtype) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise BackendUnavailable(
+            'the peer diffusers is absent; install it with: pip install "tintype[bench]"'
+        ) from error
+    if not work.checkpoint:
+        raise RequestError("diffusers reads a checkpoint folder, and this model is a bundle alone")
+    diffusers.utils.logging.set_verbosity_error()
+    kind: Any = diffusers.DiffusionPipeline
+    pipe = kind.from_pretrained(work.checkpoint, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _denoiser_name(pipe: Any) -> str:
+    return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+
+
+def _compile(pipe: Any, denoiser: str, device: str) -> None:
+    """diffusers' guide "Accelerate inference": channels last, fused projections, max-autotune, Inductor's flags."""
+    config = torch._inductor.config
+    config.conv_1x1_as_mm = True
+    config.coordinate_descent_tuning = True
+    config.coordinate_descent_check_all_directions = True
+    config.epilogue_fusion = False
+    if device == "cpu":
+        config.freezing = True  # weights packed once for oneDNN, as PyTorch's guide for CPUs says
+    for module in (getattr(pipe, denoiser), pipe.vae):
+        module.to(memory_format=torch.channels_last)
+        if hasattr(module, "fuse_qkv_projections"):
+            module.fuse_qkv_projections()
+    for owner, name in ((getattr(pipe, denoiser), "forward"), (pipe.vae, "decode")):
+        compiled = torch.compile(getattr(owner, name), mode="max-autotune", fullgraph=True)
+        setattr(owner, name, compiled)
+
+
+class DiffusersPictures:
+    """Whole pictures."""
+
+    def __init__(self, pipe: Any, work: Work, denoiser: str, device: str) -> None:
+        self._pipe, self._work, self._denoiser, self._device = pipe, work, denoiser, device
+        self._arguments = _arguments(pipe, work, device)
+
+    def run(self) -> Pictures:
+        with torch.inference_mode():
+            return np.asarray(self._pipe(**self._arguments).images, np.float32)
+
+    def stages(self) -> dict[str, float]:
+        encoders = [n for n in vars(self._pipe) if n.startswith("text_encoder")]
+        watched = [(getattr(self._pipe, name), "forward", "encode") for name in encoders]
+        watched += [(getattr(self._pipe, self._denoiser), "forward", "denoise")]
+        watched += [(self._pipe.vae, "decode", "decode")]
+        timings: dict[str, float] = {}
+        plain = [(owner, name, getattr(owner, name)) for owner, name, _ in watched if owner]
+        for owner, name, stage in watched:
+            if owner is not None:
+                setattr(owner, name, _timed(getattr(owner, name), stage, timings, self._device))
+        try:
+            self.run()
+        finally:
+            for owner, name, function in plain:
+                setattr(owner, name, function)
+        return timings
+
+
+def _timed(
+    call: Callable[..., Any], stage: str, timings: dict[str, float], device: str
+) -> Callable[..., Any]:
+    """`call`, adding its seconds to `timings`; the device finishes before and after."""
+
+    def finish() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    def timed(*args: Any, **options: Any) -> Any:
+        finish()
+        begin = time.perf_counter()
+        result = call(*args, **options)
+        finish()
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - begin
+        return result
+
+    return timed
+
+
+def _arguments(pipe: Any, work: Work, device: str) -> dict[str, Any]:
+    """What the pipeline is called with; latents in the form that it takes them in."""
+    defaults = open_checkpoint(work.checkpoint).defaults
+    channels, factor = defaults["latent_channels"], defaults["latent_factor"]
+    latents = torch.from_numpy(work.latents(channels, factor)).to(device)
+    if type(pipe).__name__.startswith("Flux"):
+        n, c, h, w = latents.shape
+        latents = pipe._pack_latents(latents, n, c, h, w)
+    first = next(getattr(pipe, _denoiser_name(pipe)).parameters())
+    told = {"max_sequence_length": defaults["text_tokens"]} if "text_tokens" in defaults else {}
+    return {
+        "prompt": [work.prompt] * work.batch,
+        "latents": latents.to(first.dtype),
+        "num_inference_steps": work.steps,
+        "guidance_scale": work.guidance,
+        "height": work.height,
+        "width": work.width,
+        "output_type": "np",
+        **told,
+    }
+
+
+class DiffusersComponent:
+    """One call of the UNet."""
+
+    def __init__(self, unet: nn.Module, work: Work, device: str) -> None:
+        self._unet = unet
+        dtype = next(unet.parameters()).dtype
+        inputs = {n: torch.from_numpy(a).to(device) for n, a in denoiser_inputs(work).items()}
+        cast = {
+            name: t if name in ("timestep", "time_ids") else t.to(dtype)
+            for name, t in inputs.items()
+        }
+        self._sample, self._time = cast.pop("sample"), cast.pop("timestep")
+        self._text: Tensor = cast.pop("encoder_hidden_states")
+        self._added = cast or None
+        self._layout: dict[str, Any] = {}
+        if unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):  # type: ignore[union-attr, operator]
+            self._layout = {"memory_format": torch.channels_last}
+
+    def run(self) -> Pictures:
+        with torch.inference_mode():
+            sample = self._sample.contiguous(**self._layout)
+            output = self._unet(
+                sample, self._time, self._text, added_cond_kwargs=self._added, return_dict=False
+            )[0]
+            return np.asarray(output.float().cpu().numpy())
+
+    def stages(self) -> dict[str, float]:
+        return {}

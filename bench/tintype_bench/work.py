@@ -1,0 +1,75 @@
+"""What is timed and by whom: the two descriptions that travel to a worker process as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROMPT = "a red lighthouse on a rocky coast at dusk"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One piece of work, the same for everybody.
+
+    ``checkpoint`` is a folder in diffusers layout, "" where there is none; ``component`` "denoise" asks for one call of
+    the denoiser with ``batch`` rows, "" for ``batch`` whole pictures. Initial latents are those of ``seed`` and on.
+    """
+
+    checkpoint: str
+    width: int
+    height: int
+    batch: int = 1
+    steps: int = 20
+    guidance: float = 5.0
+    component: str = ""
+    prompt: str = PROMPT
+    seed: int = 0
+
+    def latents(self, channels: int, factor: int) -> NDArray[np.float32]:
+        """Unit noise [n, c, h/f, w/f]: the same bits for every runner."""
+        from tintype.noise import initial_noise
+
+        shape = (channels, self.height // factor, self.width // factor)
+        seeds = range(self.seed, self.seed + self.batch)
+        return np.stack([initial_noise(seed, shape) for seed in seeds])
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Who does it: a ``kind`` of `runners.KINDS`, for ours on which ``backend``, in which precision.
+
+    ``bundle`` is the folder that graph runners read; ``command`` is a command line of the user's own. ``invariant``
+    asks ours for the same bytes in any batch, which no peer promises.
+    """
+
+    kind: str
+    precision: str = "fp32"
+    backend: str = ""
+    device: str = "cpu"
+    bundle: str = ""
+    command: str = ""
+    invariant: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name in tables, such as "tintype openvino bf16"."""
+        if self.kind == "command":
+            return f"command {self.command.split()[0]}"
+        promise = "batch-invariant" if self.invariant else ""
+        words = (self.kind.replace("-", " "), self.backend, self.precision, promise)
+        return " ".join(filter(None, words))
+
+    @property
+    def ours(self) -> bool:
+        """Whether Tintype does it."""
+        return self.kind == "tintype"
+
+
+def as_json(work: Work, runner: Runner) -> dict[str, Any]:
+    """Both as a worker reads them."""
+    return {"work": asdict(work), "runner": asdict(runner)}

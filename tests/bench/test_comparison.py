@@ -1,0 +1,58 @@
+"""`tintype bench --compare`: what is slower beyond noise is told and fails, what is not is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench_reports import CEILINGS, report, row, untimed
+from tintype.cli import main
+from tintype_bench.comparison import compare
+
+
+def verdicts(first, second):
+    return [each.verdict for each in compare(first, second)]
+
+
+def test_a_slower_row_a_faster_row_and_one_within_noise():
+    before = report([row("a", 1.0), row("b", 1.0), row("c", 1.0)])
+    after = report([row("a", 1.5), row("b", 0.5), row("c", 1.005)])
+    assert verdicts(before, after) == ["slower", "faster", "within noise"]
+    assert verdicts(after, before) == ["faster", "slower", "within noise"]
+
+
+def test_a_noisy_row_needs_a_larger_change():
+    before, after = (report([row("a", s, jitter=0.3), row("b", s)]) for s in (1.0, 1.15))
+    assert verdicts(before, after) == ["within noise", "slower"]
+
+
+def test_a_machine_that_is_slower_itself_is_allowed_for():
+    slow = {"flops": {n: v / 1.2 for n, v in CEILINGS["flops"].items()}, "bandwidth": 1e10 / 1.2}
+    assert verdicts(report([row("a", 1.0)]), report([row("a", 1.2)], ceilings=slow)) == [
+        "within noise"
+    ]
+
+
+def test_a_row_that_is_no_longer_timed_is_a_regression_and_a_new_one_is_not():
+    before = report([row("a", 1.0), untimed("b", "failed", "absent")])
+    after = report([untimed("a", "differs", "at 3 dB"), row("b", 1.0)])
+    lost, still = compare(before, after)
+    assert (lost.verdict, lost.note, lost.regressed) == ("lost", "at 3 dB", True)
+    assert not still.regressed
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(1.0, 0), (1.5, 1)])
+def test_the_command_leaves_with_1_where_anything_regressed(tmp_path, capsys, seconds, status):
+    for name, value in (("a", 1.0), ("b", seconds)):
+        (tmp_path / name).write_text(json.dumps(report([row("tintype", value)])))
+    assert main(["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == status
+    assert f"{status} of 1 rows regressed" in capsys.readouterr().out
+
+
+def test_reports_of_different_suites_are_refused(tmp_path, capsys):
+    other = report([row("a", 1.0)]) | {"suite": "cpu"}
+    for name, content in (("a", report([row("a", 1.0)])), ("b", other)):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert main(["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "'quick' and 'cpu'" in capsys.readouterr().err

@@ -1,0 +1,116 @@
+"""FLOPs and bytes of a stage beside what paper and pencil give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tintype.checkpoints import Checkpoint, Component
+from tintype.checkpoints.checkpoint import default_settings, flow_settings
+from tintype_bench.counts import Ceilings, count, floor_seconds, stage_products
+from tintype_bench.limits import losses
+from tintype_bench.shapes import find_shape
+
+FAMILIES = {"sd15": "latent_unet", "sdxl": "latent_unet", "sd3-medium": "sd3"}
+
+
+def opened(name):
+    """A shape as an opened checkpoint without weights."""
+    shape, family = find_shape(name), FAMILIES.get(name, "flux")
+    configs = {part: each.config for part, each in shape.parts.items()}
+    parts = {n: Component(p.architecture, p.config, None) for n, p in shape.parts.items()}
+    if "unet" in configs:
+        defaults = default_settings(configs["unet"], configs["vae"], force_zeros=False)
+    else:
+        defaults = flow_settings(family, configs["transformer"], configs["vae"])
+    return Checkpoint(family, Path(), parts, dict(shape.scheduler), (), defaults)
+
+
+def total(products):
+    return sum(each.flops for each in products)
+
+
+def on_meta(module, *shape):
+    with torch.device("meta"):
+        return count(module(), torch.empty(shape))
+
+
+def test_a_linear_layer():
+    (product,) = on_meta(lambda: nn.Linear(64, 32), 10, 64)
+    assert product.flops == 2 * 10 * 64 * 32
+    assert product.values == 10 * 64 + 64 * 32 + 32 + 10 * 32  # input, weight, bias, output
+
+
+def test_a_convolution():
+    (product,) = on_meta(lambda: nn.Conv2d(8, 16, 3, padding=1), 2, 8, 12, 20)
+    assert product.flops == 2 * (2 * 12 * 20) * 16 * (8 * 9)
+    assert product.values == 2 * 8 * 12 * 20 + 16 * 8 * 9 + 16 + 2 * 16 * 12 * 20
+
+
+def test_attention_neither_writes_nor_reads_its_scores():
+    batch, heads, tokens, dim = 2, 3, 50, 8
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    products = on_meta(Attention, batch, heads, tokens, dim)
+    assert total(products) == 2 * (2 * batch * heads * tokens * tokens * dim)
+    assert all(product.attention for product in products)
+    assert sum(p.values for p in products) == 4 * batch * heads * tokens * dim  # q, k, v, output
+
+
+def test_t5_xxl_is_its_projections_and_its_attention():
+    """24 layers: q, k, v, o of 4096, three of 4096 x 10240, two products of 256 x 256 scores of 64 heads of 64."""
+    tokens, width, inner = 256, 4096, 10240
+    layer = 2 * tokens * width * (4 * width + 3 * inner) + 2 * (2 * tokens * tokens * width)
+    assert total(stage_products(opened("sd3-medium"), 1024, 1024, 2)["encode_3"]) == 24 * layer
+
+
+def test_flux_is_its_blocks():
+    """19 double and 38 single blocks over 4096 image and 512 text tokens, 24 heads of 128."""
+    image, text, width = 4096, 512, 3072
+    tokens = image + text
+    attention = 2 * (2 * tokens * tokens * width)
+    double = (
+        2 * tokens * width * (4 * width + 2 * 4 * width) + attention + 2 * 2 * width * 6 * width
+    )
+    single = 2 * tokens * width * (3 * width + 4 * width) + 2 * tokens * 5 * width * width
+    single += attention + 2 * width * 3 * width
+    ends = 2 * image * 64 * width * 2 + 2 * text * 4096 * width + 2 * width * 2 * width
+    told = 2 * (256 * width + width * width) * 2 + 2 * (768 * width + width * width)
+    expected = 19 * double + 38 * single + ends + told
+    found = total(stage_products(opened("flux1-dev"), 1024, 1024, 1)["denoise"])
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "rows", "steps", "teraflops"),
+    [("sd15", 512, 2, 50, 80.3), ("sdxl", 1024, 2, 30, 405.7), ("sd3-medium", 1024, 2, 28, 498.6)],
+)
+def test_a_denoiser_takes_what_others_counted(name, side, rows, steps, teraflops):
+    """TFLOP of whole pictures by another count, operator by operator over diffusers' own modules."""
+    found = total(stage_products(opened(name), side, side, rows)["denoise"])
+    assert steps * found / 1e12 == pytest.approx(teraflops, rel=2e-3)
+
+
+def test_the_floor_is_the_larger_of_arithmetic_and_traffic_product_by_product():
+    (wide,) = on_meta(lambda: nn.Linear(1000, 1000, bias=False), 1000, 1000)
+    (thin,) = on_meta(lambda: nn.Linear(1000, 1000, bias=False), 1, 1000)
+    ceilings = Ceilings({"fp32": 1e12, "int8": 4e12}, 1e10)
+    assert floor_seconds([wide], ceilings, "fp32") == pytest.approx(2e9 / 1e12)
+    assert floor_seconds([thin], ceilings, "fp32") == pytest.approx(4 * (1e6 + 2e3) / 1e10)
+    assert floor_seconds([wide, thin], ceilings, "int8") == pytest.approx(
+        2e9 / 4e12 + (1e6 + 2e3) / 1e10
+    )
+
+
+def test_the_stages_that_lose_most_are_named_in_order():
+    shares = {"encode": 0.12, "denoise": 0.6, "decode": 0.2}
+    lost = losses(shares, {"denoise": 5.0, "decode": 0.5}, seconds=10)
+    assert [each["stage"] for each in lost] == ["decode", "encode", "denoise"]
+    assert [each["seconds"] for each in lost] == pytest.approx([1.5, 1.2, 1.0])
+    assert [each["share"] for each in lost] == pytest.approx([0.15, 0.12, 0.1])

@@ -1,0 +1,241 @@
+"""`tintype bench` on small models, from worker processes to the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+import tintype
+from bench_reports import CEILINGS, report, row
+from tintype.cli import main
+from tintype.errors import BundleError, RequestError
+from tintype_bench import cases
+from tintype_bench.campaign import Campaign, Unfinished
+from tintype_bench.cases import Case, ours
+from tintype_bench.measure import Plan
+from tintype_bench.shapes import SHAPES
+from tintype_bench.sources import Sources
+from tintype_bench.work import PROMPT, Runner
+
+ONCE = ["--rounds", "1", "--runs", "1"]
+# A worker of somebody else's, that draws what it was given.
+OWN_WORKER = """
+import json, sys
+import numpy as np
+from PIL import Image
+picture = np.asarray(Image.open(sys.argv[1]), np.float32)[None] / 255
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] == "quit":
+        break
+    if request["do"] == "output":
+        np.save(request["path"], picture)
+    answers = {
+        "load": {"seconds": 2.0, "first_seconds": 1.0},
+        "run": {"seconds": 0.25},
+        "stages": {"seconds": 0.25, "stages": {"denoise": 0.2}},
+        "peak": {"host": 10.0, "device": None},
+    }
+    print(json.dumps(answers.get(request["do"], {})), flush=True)
+"""
+
+
+def rows_of(made):
+    return {(r["who"], r["kind"]): r for case in made["cases"] for r in case["rows"]}
+
+
+def test_a_bundle_beside_its_engines_alone_and_commands(tiny_bundle, tmp_path, capsys):
+    """The commands: one draws grey, one copies what ours drew, one fails, one is a worker that stays."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(OWN_WORKER)
+    grey, copy = tmp_path / "grey.png", tmp_path / "copy.png"
+    picture = tintype.load(tiny_bundle)(PROMPT, seed=0).images[0]
+    picture.save(copy)
+    Image.new("RGB", picture.size, "grey").save(grey)
+    target = tmp_path / "report.json"
+    commands = [
+        f"/bin/cp {grey} {{output}}",
+        f"cp {copy} {{output}}",
+        f"{sys.executable} -c 0 {{output}}",
+    ]
+    commands.append(f"env {sys.executable} {worker} {copy}")
+    asked = [each for line in commands for each in ("--peer-cmd", line)]
+    assert main(["bench", str(tiny_bundle), *ONCE, "--json", str(target), *asked]) == 0
+    written = json.loads(target.read_text())
+    rows = rows_of(written)
+    for who in (
+        "tintype onnxruntime fp32",
+        "tintype openvino bf16",
+        "onnxruntime fp32",
+        "openvino bf16",
+    ):
+        assert rows[who, "warm"]["status"] == "timed", rows[who, "warm"]
+        assert rows[who, "warm"]["peak_megabytes"]["host"] > 0
+        assert rows[who, "first"]["seconds"]["median"] >= rows[who, "first"]["load_seconds"]
+    assert rows["onnxruntime fp32", "warm"]["agreement_db"] > 60
+    assert rows["command cp", "warm"]["status"] == "timed"
+    assert rows["command /bin/cp", "warm"]["status"] == "differs"
+    assert "seconds" not in rows["command /bin/cp", "warm"]
+    assert "no picture" in rows[f"command {sys.executable}", "warm"]["reason"]
+    assert rows["command env", "warm"]["rounds"] == [[0.25]]
+    assert rows["command env", "first"]["rounds"] == [[3.0]]
+    assert written["ceilings"]["before"]["flops"]["fp32"] > 0
+    assert "differs: its output is at" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture
+def sources(folder, monkeypatch):
+    """Of tiny shapes, on a machine that is as fast as it is said to be."""
+    monkeypatch.setattr("tintype_bench.ceilings.measured", lambda device: CEILINGS)
+    return Sources(folder, tiny=True, say=lambda line: None)
+
+
+def tiny_campaign(sources, *runners, limit=None, **changes):
+    case = replace(Case("sd15", 64, 64, 1, 2, 5.0, runners), **changes)
+    return Campaign("cpu", [case], sources, Plan(1, 1), limit=limit)
+
+
+def test_a_shape_beside_diffusers_with_its_limit_and_losses(sources):
+    runners = (*ours("torch", "fp32", "int8"), Runner("diffusers", "fp32"))
+    rows = rows_of(tiny_campaign(sources, *runners).run(None, resume=False))
+    for who in ("tintype torch fp32", "diffusers fp32"):
+        warm = rows[who, "warm"]
+        assert warm["status"] == "timed", warm
+        assert warm["agreement_db"] > 60
+        assert set(warm["floor"]) == {"encode", "denoise", "decode"}
+        assert warm["percent_of_limit"] == pytest.approx(
+            100 * sum(warm["floor"].values()) / warm["seconds"]["median"]
+        )
+        assert {"encode", "denoise", "decode"} <= set(warm["stages"])
+        assert sum(warm["stages"].values()) <= warm["seconds"]["median"] * (1 + 1e-9)
+        assert warm["lost"]
+
+
+def test_a_component_is_the_same_call_for_everybody(sources):
+    runners = (*ours("torch", "bf16"), Runner("diffusers", "fp32"))
+    campaign = tiny_campaign(sources, *runners, component="denoise", batch=2)
+    rows = rows_of(campaign.run(None, resume=False))
+    assert rows["diffusers fp32", "warm"]["agreement_db"] == 100  # it made the reference
+    assert 20 < rows["tintype torch bf16", "warm"]["agreement_db"] < 60
+    assert list(rows["tintype torch bf16", "warm"]["floor"]) == ["denoise"]
+
+
+def test_a_stopped_run_goes_on_where_it_was(sources, tmp_path, monkeypatch):
+    runners = (
+        *ours("torch", "fp32"),
+        Runner("command", "bf16", command="no-such-program {output}"),
+    )
+    kept = tmp_path / "progress"
+    asked = []
+    original = Campaign._time
+
+    def time_and_stop(self, task, progress, clock):
+        original(self, task, progress, clock)
+        asked.append(len(progress.units))
+        if len(asked) == 1:
+            raise Unfinished("stopped")
+
+    monkeypatch.setattr(Campaign, "_time", time_and_stop)
+    campaign = tiny_campaign(sources, *runners, in_turn=True)
+    with pytest.raises(Unfinished):
+        campaign.run(kept, resume=True)
+    before = kept.read_text()
+    monkeypatch.setattr("tintype_bench.campaign.time_group", None)  # nothing is timed again
+    made = campaign.run(kept, resume=True)
+    assert asked == [2, 2]
+    assert not kept.exists()
+    units = {unit["who"]: unit for unit in json.loads(before)["units"]}
+    assert rows_of(made)["tintype torch fp32", "warm"]["rounds"] == [
+        units["tintype torch fp32"]["samples"]
+    ]
+
+
+def test_an_export_that_fails_is_told_to_every_runner_and_tried_once(sources, monkeypatch):
+    asked = []
+
+    def apart(function, *arguments):
+        if function.__name__ == "_export":
+            asked.append(arguments)
+            raise BundleError("stage denoise differs")
+        function(*arguments)
+
+    monkeypatch.setattr("tintype_bench.sources._apart", apart)
+    campaign = tiny_campaign(sources, *ours("onnxruntime", "int8"), *ours("openvino", "int8"))
+    rows = rows_of(campaign.run(None, resume=False))
+    assert len(asked) == 1
+    for backend in ("onnxruntime", "openvino"):
+        warm = rows[f"tintype {backend} int8", "warm"]
+        assert warm["status"] == "failed"
+        assert "stage denoise differs" in warm["reason"]
+
+
+def test_the_time_limit_stops_before_a_group_that_would_pass_it(sources):
+    with pytest.raises(Unfinished, match="run the same command with --resume"):
+        tiny_campaign(sources, *ours("torch", "fp32"), limit=-1.0).run(None, resume=False)
+
+
+def test_every_suites_cases_have_names_of_their_own_and_known_runners():
+    for suite, make in cases.CASES.items():
+        found = [case.name for case in make()]
+        assert len(set(found)) == len(found), suite
+        for case in make():
+            labels = [runner.label for runner in case.runners]
+            assert len(set(labels)) == len(labels), case.name
+            assert any(runner.ours for runner in case.runners)
+
+
+def test_the_gpu_suite_has_what_the_published_figures_are_of():
+    found = {case.name for case in cases.gpu() if case.batch == 1}
+    assert found == {
+        "sd15 512x512, batch 1, 50 steps, guidance 7.5",
+        "sd15 512x512, batch 1, 20 steps, guidance 7.5",
+        "sdxl 1024x1024, batch 1, 30 steps, guidance 5",
+        "sdxl 1024x1024, batch 1, 20 steps, guidance 8, MLPerf's settings",
+        "sd3-medium 1024x1024, batch 1, 28 steps, guidance 7",
+        "flux1-dev 1024x1024, batch 1, 28 steps, guidance 3.5",
+        "flux1-schnell 1024x1024, batch 1, 4 steps, guidance 0",
+    }
+    assert {case.model for case in cases.gpu() if case.batch > 1} == SHAPES.keys()
+
+
+def test_peers_are_chosen_by_name_and_an_unknown_one_is_an_error():
+    (case, *_) = cases.quick()
+    alone = cases.chosen_peers(case, ["none"], [], "cpu")
+    assert all(runner.ours for runner in alone.runners)
+    one = cases.chosen_peers(case, ["diffusers-compiled"], [], "cpu")
+    assert [r.label for r in one.runners if not r.ours] == ["diffusers compiled bf16"]
+    with pytest.raises(RequestError, match="choose among diffusers, "):
+        cases.chosen_peers(case, ["comfy"], [], "cpu")
+
+
+def test_results_have_a_folder_of_the_machine(tmp_path, monkeypatch):
+    (case, *_) = cases.quick()
+    made = report([row("tintype onnxruntime fp32", 1.0, ours=True)], case=case.name)
+    monkeypatch.setattr(Campaign, "run", lambda self, kept, resume: made)
+    monkeypatch.setattr("tintype_bench.nvml.describe", lambda: {"gpu": "NVIDIA H200"})
+    assert main(["bench", "--results", str(tmp_path)]) == 0
+    written = {path.name for path in (tmp_path / "nvidia-h200").iterdir()}
+    assert written == {"quick.json", "quick.html", "quick.md"}
+    assert json.loads((tmp_path / "nvidia-h200" / "quick.json").read_text()) == made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "0"], "--rounds 0"),
+        (["--resume"], "--json"),
+        (["--suite", "quick", "--only", "sd9"], "leave no case of quick"),
+    ],
+)
+def test_a_bad_argument_says_what_to_do(arguments, said, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""Small reports of `tintype bench`, of any numbers, for tests of what reads them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from tintype_bench.rows import settle
+from tintype_bench.spread import joined
+from tintype_bench.work import Work
+
+CEILINGS = {"flops": {"fp32": 1e11, "bf16": 4e11}, "bandwidth": 1e10}
+WORK = Work("", 128, 128, 1, 20, 4.0)
+
+
+def row(who, seconds, *, ours=False, kind="warm", jitter=0.0):
+    """A timed row; samples are `seconds` times 1 +- jitter, in two rounds."""
+    rounds = [[seconds * (1 - jitter), seconds, seconds * (1 + jitter)]] * 2
+    found = joined(rounds)
+    return {
+        "who": who,
+        "ours": ours,
+        "kind": kind,
+        "status": "timed",
+        "agreement_db": 58.123,
+        "seconds": asdict(found),
+        "variation": found.variation,
+        "rounds": rounds,
+        "floor": {"denoise": 0.1},
+        "flops": 1e9,
+        "bytes": 1e8,
+        "percent_of_limit": 10 / seconds,
+        "lost": [{"stage": "denoise", "seconds": seconds - 0.1, "share": 0.5}],
+        "peak_megabytes": {"host": 512.0, "device": None},
+    }
+
+
+def untimed(who, status, reason):
+    return {"who": who, "ours": False, "kind": "warm", "status": status, "reason": reason}
+
+
+def report(rows, *, case="postcard 128x128", work=WORK, ceilings=CEILINGS):
+    """A report of one case."""
+    cases = [{"case": case, "work": asdict(work), "rows": rows}]
+    settle(cases)
+    return {
+        "suite": "quick",
+        "conditions": {
+            "cpu": "a processor",
+            "cores": 2,
+            "date": "2026-01-01",
+            "versions": {"a": "1"},
+        },
+        "ceilings": {"before": ceilings, "after": ceilings, "change": 0.0},
+        "cases": cases,
+    }
