@@ -44,7 +44,7 @@ class Runner:
     """Who does it: a ``kind`` of `runners.KINDS`, for ours on which ``backend``, in which precision.
 
     ``bundle`` is the folder that graph runners read; ``command`` is a command line of the user's own. ``invariant``
-    asks ours for the same bytes in any batch, which no peer promises.
+    asks ours for the same bytes in any batch, which no peer promises; ``execution`` is how our torch backend runs.
     """
 
     kind: str
@@ -54,6 +54,7 @@ class Runner:
     bundle: str = ""
     command: str = ""
     invariant: bool = False
+    execution: str = "eager"
 
     @property
     def label(self) -> str:
@@ -61,7 +62,8 @@ class Runner:
         if self.kind == "command":
             return f"command {self.command.split()[0]}"
         promise = "batch-invariant" if self.invariant else ""
-        words = (self.kind.replace("-", " "), self.backend, self.precision, promise)
+        way = "" if self.execution == "eager" else self.execution
+        words = (self.kind.replace("-", " "), self.backend, way, self.precision, promise)
         return " ".join(filter(None, words))
 
     @property

@@ -10,18 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tintype.models.quantised import LayerCodes, Scheme, quantisable, quantised_layer
+from tintype.models.quantised import LayerCodes, Scheme, is_inner, quantisable, quantised_layer
 from tintype.models.stages import Stage
 
 from .calibration import Seen
 
-# The layers that pictures, texts and times come in by, and that the prediction leaves by, under their published names:
-# little work, and all the others depend on them.
-_GATES = (
-    "conv_in", "conv_out", "time_embedding", "add_embedding", "pos_embed", "x_embedder", "context_embedder",
-    "time_text_embed", "norm_out", "proj_out",
-)  # fmt: skip
-_TIME = "time_emb_proj"  # of every residual block: one row of work
 MOST_MEASURED = 200_000_000  # parameters; in a larger denoiser the rule alone decides
 _MOST_KEPT = 0.1  # of the layers
 
@@ -77,14 +70,9 @@ def quantisable_by_rule(
 
     With ``seen`` only those: a layer whose weight the model uses without calling it has no inputs to find a scale by.
     """
-
-    def inner(name: str) -> bool:
-        parts = name.split(".")
-        return parts[0] not in _GATES and _TIME not in parts
-
     layers = quantisable(model).items()
     fitting = [name for name, layer in layers if scheme.divides(layer.weight.shape)]
-    return [name for name in fitting if inner(name) and (seen is None or name in seen)]
+    return [name for name in fitting if is_inner(name) and (seen is None or name in seen)]
 
 
 def by_rule(model: nn.Module, scheme: Scheme, seen: Collection[str] | None = None) -> Sensitivity:

@@ -46,7 +46,8 @@ def load(  # noqa: PLR0913 - they are what users type
 
     `source` is a bundle folder, a checkpoint folder in diffusers layout, a single `.safetensors` file, the
     name of a model in the box, or a hub id. `backend` is auto, onnxruntime, openvino, tensorrt
-    or torch; bundles run without torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32".
+    or torch; bundles run without torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32";
+    torch also keeps the denoiser's linear layers in "int8", "fp8" or "int4".
     `batch_invariant` gives every picture the bytes that it has alone, wherever it is in a batch; None means on CPU.
     `lora` is a file of low-rank updates of a checkpoint, or several, each as FILE or FILE:SCALE.
     `without` names text encoders to leave out, such as "text_encoder_3", the T5 of SD3 and most of its memory.

@@ -91,6 +91,7 @@ class _Hollow(TorchBackend):
             with self._mode:
                 module = self.checkpoint.skeleton(name, dtype).requires_grad_(False)
                 made_safe(module, self.checkpoint.configs[name], dtype)
+                module = self._rounded(name, module)
             self._components[name, dtype] = module
         return self._components[name, dtype]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,15 @@ from tintype.backends.onnxruntime import OnnxRuntimeBackend
 from tintype.bundle import Bundle
 from tintype.checkpoints.files import Weights
 from tintype.models.flux import FluxConfig, FluxTransformer
+from tintype.models.quantised import LARGEST_CODE, Scheme, nearest
 from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.stages import FlowDenoiseStage, T5EncodeStage
 from tintype.models.t5 import T5Config, T5Encoder
 from tintype_bench import published_configs as published
 from tintype_export.graphs import point_to_weights, save, stored_tensors, trace
+from tintype_export.qdq import quantise_graph
+from tintype_export.quantisation import layer_tensors
+from tintype_export.sensitivity import quantisable_by_rule
 from tintype_export.tensorrt import build_engines
 from tolerances import STAGE_FP32, relative_error
 
@@ -63,6 +68,12 @@ def t5():
     return T5EncodeStage(T5Encoder(config)), {"input_ids": torch.randint(0, 512, (1, TEXT))}
 
 
+ENGINES = {
+    "fp16": (torch.float16, None),
+    "bf16": (torch.bfloat16, None),
+    "fp8": (torch.float16, Scheme("fp8", "static")),
+    "int4": (torch.float16, Scheme("int4", group=64)),
+}
 LAYERS = {
     **{model: lambda model=model: denoiser(sd3(model), TEXT) for model in SD3},
     "flux": lambda: denoiser(flux(), TEXT),
@@ -70,17 +81,35 @@ LAYERS = {
 }
 
 
-def exported(stage, inputs, folder):
-    """A bundle of the one stage, whose weights lie in one file beside its graph."""
+def exported(stage, inputs, folder, scheme=None):
+    """A bundle of the one stage, whose weights lie in one file beside its graph, in codes where there is a scheme."""
     (folder / "weights").mkdir()
     ((name, module),) = stage.named_children()
-    state = {f"{name}.{key}": value.contiguous() for key, value in module.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
+    state = module.state_dict() if scheme is None else in_codes(module, scheme, stage.dtype)
+    save_file({f"{name}.{key}": t.contiguous() for key, t in state.items()}, folder / WEIGHTS)
+    del state
+    weights = stored_tensors(folder, Weights((folder / WEIGHTS,)))
     model = trace(stage, inputs)
-    point_to_weights(model, stored_tensors(folder, Weights((folder / WEIGHTS,))))
+    quantise_graph(model, folder, weights)
+    point_to_weights(model, weights)
     save(model, folder / "denoise" / "b1.onnx")
     stages, described = {"denoise": {"b1": "denoise/b1.onnx"}}, {WEIGHTS: {}, "denoise/b1.onnx": {}}
     return Bundle(folder, "layers", "flux", "fp32", stages, {}, [], {}, files=described)
+
+
+def in_codes(module, scheme, dtype):
+    """The state of a module with the layers that a rule chooses rounded; inputs within 4 keep their place."""
+    state, chosen = {}, quantisable_by_rule(module, scheme)
+    for key, value in module.state_dict().items():
+        layer = key.removesuffix(".weight")
+        if layer != key and layer in chosen:
+            kept = nearest(value, scheme)
+            if scheme.activations == "static":
+                kept = replace(kept, input_scale=torch.tensor(4 / LARGEST_CODE[scheme.weights]))
+            state |= layer_tensors(layer, kept, dtype)
+        else:
+            state[key] = value
+    return state
 
 
 @pytest.fixture
@@ -105,12 +134,12 @@ def test_a_block_of_the_published_width_equals_torch(kind, folder):
 
 
 @pytest.mark.skipif("TINTYPE_FULL_ENGINES" not in os.environ, reason="builds engines of gigabytes")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_engines_of_both_kinds_of_block_of_flux_are_built(dtype, folder):
+@pytest.mark.parametrize(("dtype", "scheme"), ENGINES.values(), ids=ENGINES)
+def test_engines_of_both_kinds_of_block_of_flux_are_built(dtype, scheme, folder):
     gpus = ("sm_89", "sm_120")
     pytest.importorskip("tensorrt_rtx")
     stage, inputs = denoiser(flux().to(dtype), TEXT)
-    bundle = exported(stage.eval(), inputs, folder)
+    bundle = exported(stage.eval(), inputs, folder, scheme)
     stored = (folder / WEIGHTS).stat().st_size
     del stage
     build_engines(folder, bundle.stages, gpus, print)

@@ -29,6 +29,7 @@ def load(work: Work, runner: Runner) -> Running:
         device=runner.device,
         dtype=dtype,
         batch_invariant=runner.invariant,
+        execution=runner.execution,
     )
     return OwnComponent(pipe, work) if work.component else OwnPictures(pipe, work)
 

@@ -17,6 +17,7 @@ from tintype.backends.execution import Call, check_execution, prepared
 from tintype.checkpoints import Checkpoint
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
+from tintype.models.quantised import Scheme, round_linears
 from tintype.models.stages import (
     STEPS,
     DecodeStage,
@@ -37,6 +38,12 @@ _DTYPES = {
     "fp16": torch.float16,
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
+}
+# What the denoiser's linear layers are kept in where these are asked for; the rest is float32, on CUDA bfloat16.
+_CODES = {
+    "int8": Scheme("int8", "dynamic"),
+    "fp8": Scheme("fp8", "dynamic"),
+    "int4": Scheme("int4", group=64),
 }
 # SDXL's decoder reaches a few times float16's limit; a power of two keeps normal weights exact.
 _RESIDUAL_SCALE = 16.0
@@ -69,6 +76,7 @@ class TorchBackend:
         self._offload = offloading.offload(offload, self.device)
         self._tiled = vae_tiling
         self._execution = check_execution(execution, self.device, offloaded=offload is not None)
+        self._scheme = _CODES.get(dtype)
         self.dtype = _dtype(dtype, self.device)
         self.batch_invariant = (
             self.device.type == "cpu" if batch_invariant is None else batch_invariant
@@ -213,8 +221,16 @@ class TorchBackend:
     def _component(self, name: str, dtype: torch.dtype) -> nn.Module:
         if (name, dtype) not in self._components:
             home = self.device if self._offload is None else "cpu"
-            self._components[name, dtype] = load_component(self.checkpoint, name, dtype, home)
+            loaded = load_component(self.checkpoint, name, dtype, home)
+            self._components[name, dtype] = self._rounded(name, loaded)
         return self._components[name, dtype]
+
+    def _rounded(self, name: str, component: nn.Module) -> nn.Module:
+        """The component, its linear layers in codes where that was asked for and it is the denoiser."""
+        denoiser = stage_component("denoise", self.checkpoint.components)
+        if self._scheme is None or name != denoiser:
+            return component
+        return round_linears(component, self._scheme)
 
 
 def load_component(
@@ -269,6 +285,9 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
+    if name in _CODES:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in _DTYPES:
-        raise RequestError(f"dtype={name!r} is unknown; choose auto, {', '.join(_DTYPES)}")
+        possible = ", ".join((*_DTYPES, *_CODES))
+        raise RequestError(f"dtype={name!r} is unknown; choose auto, {possible}")
     return _DTYPES[name]

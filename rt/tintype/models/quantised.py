@@ -28,6 +28,13 @@ GROUPS = (32, 64, 128)
 LARGEST_CODE = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 _INPUT_RANGE = {"int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
 _ACTIVATIONS = ("none", "static", "dynamic")
+# The layers that pictures, texts and times come in by, and that the prediction leaves by, under their published names:
+# little work, and all the others depend on them.
+_GATES = (
+    "conv_in", "conv_out", "time_embedding", "add_embedding", "pos_embed", "x_embedder", "context_embedder",
+    "time_text_embed", "norm_out", "proj_out",
+)  # fmt: skip
+_TIME = "time_emb_proj"  # of every residual block: one row of work
 
 
 @dataclass(frozen=True)
@@ -249,6 +256,21 @@ def quantisable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
     }
+
+
+def is_inner(name: str) -> bool:
+    """Whether a denoiser's layer is quantised by rule: all but its gates and the times' projections."""
+    parts = name.split(".")
+    return parts[0] not in _GATES and _TIME not in parts
+
+
+def round_linears(model: nn.Module, scheme: Scheme) -> nn.Module:
+    """Replace a denoiser's inner linear layers, one after the other, by their nearest codes."""
+    for name, layer in quantisable(model).items():
+        if isinstance(layer, nn.Linear) and is_inner(name) and scheme.divides(layer.weight.shape):
+            codes = nearest(layer.weight.detach(), scheme)
+            model.set_submodule(name, quantised_layer(layer, codes))
+    return model
 
 
 def quantised_layer(layer: nn.Linear | nn.Conv2d, kept: LayerCodes) -> _Quantised:

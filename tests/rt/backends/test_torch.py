@@ -19,6 +19,8 @@ from tintype.backends import execution
 from tintype.backends.torch import TorchBackend
 from tintype.checkpoints import open_checkpoint
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
+from tintype.loading import BOX
+from tintype.models.quantised import QuantisedLinear
 from tolerances import MODULE_FP16, MODULE_FP32, relative_error
 
 Saved = Callable[[str], Path]
@@ -235,3 +237,23 @@ def test_a_replayed_call_takes_new_inputs_and_keeps_what_it_gave(monkeypatch) ->
     assert [graph.replays for graph in captured] == [2]
     replayed(torch.ones(3), torch.ones(3))
     assert len(captured) == 2
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.03), ("fp8", 0.08), ("int4", 0.3)])
+def test_the_denoisers_linear_layers_are_kept_in_codes_where_asked(
+    dtype: str, limit: float
+) -> None:
+    checkpoint, random = open_checkpoint(BOX / "postcard"), np.random.default_rng(1)
+    inputs = {
+        "sample": random.standard_normal((1, 4, 16, 16), np.float32),
+        "timestep": np.array([500.0], np.float32),
+        "encoder_hidden_states": random.standard_normal((1, 77, 192), np.float32),
+    }
+    expected = TorchBackend(checkpoint).run("denoise", "", inputs)["model_output"]
+    backend = TorchBackend(checkpoint, dtype=dtype)
+    actual = backend.run("denoise", "", inputs)["model_output"]
+    assert 1e-4 < relative_error(actual, expected) < limit
+    layers = [m for m in backend.module("denoise").modules() if isinstance(m, QuantisedLinear)]
+    assert {layer.scheme.weights for layer in layers} == {dtype}
+    decoder = backend.module("decode").modules()
+    assert not any(isinstance(module, QuantisedLinear) for module in decoder)
