@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tintype_kernels.ops.attention_backward import empty_gradients, triton_backward
 from tintype_kernels.ops.attention_forward import LOG2_E, WIDEST, empty_outputs, triton_forward
@@ -171,6 +172,22 @@ def is_preferred(q: Tensor, k: Tensor, v: Tensor) -> bool:
     plain = (None, None, None, q.shape[-1] ** -0.5, 1.0, False)
     return FORWARD.form(q, k, v, *plain) == "triton"
 
+
+def _by(library: SDPBackend) -> Callable[..., Tensor]:
+    """The reference by one of PyTorch's libraries alone."""
+
+    def attend(*arguments: Any, **named: Any) -> Tensor:
+        with sdpa_kernel(library):
+            return reference(*arguments, **named)
+
+    return attend
+
+
+# What a benchmark compares with by name.
+LIBRARIES = {
+    "flash": _by(SDPBackend.FLASH_ATTENTION),
+    "cudnn": _by(SDPBackend.CUDNN_ATTENTION),
+}
 
 # Heads, queries, keys and head dimension of each model's widest layers.
 _SIZES = {
