@@ -72,7 +72,7 @@ def quantisable_by_rule(
     """
     layers = quantisable(model).items()
     fitting = [name for name, layer in layers if scheme.divides(layer.weight.shape)]
-    return [name for name in fitting if is_inner(name) and (seen is None or name in seen)]
+    return [name for name in fitting if is_inner(name, scheme) and (seen is None or name in seen)]
 
 
 def by_rule(model: nn.Module, scheme: Scheme, seen: Collection[str] | None = None) -> Sensitivity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 
+from .writing import gigabytes
+
 PACKAGES = ("tensorrt_rtx", "tensorrt")
 _QUIET_SECONDS = 5.0
+_SIGNS_OF_NO_MEMORY = ("memory", "could not find any implementation")
 
 Stages = Mapping[str, Mapping[str, str]]
 Say = Callable[[str], None]
@@ -98,8 +102,21 @@ def _build(trt: Any, log: _Log, network: Any, gpu: str, progress: _Progress) -> 
     engine = log.builder.build_serialized_network(network, config)
     if engine is None:
         reason = log.errors[0] if log.errors else "TensorRT says no reason"
-        raise BundleError(f"{progress.name} cannot be built: {' '.join(reason.split())[:400]}")
+        raise BundleError(
+            f"{progress.name} cannot be built: {' '.join(reason.split())[:400]}{_hint(reason)}"
+        )
     return bytes(engine)
+
+
+def _hint(reason: str) -> str:
+    """What a builder's error may mean besides what it says: without memory it finds no kernel that fits."""
+    if not any(sign in reason.lower() for sign in _SIGNS_OF_NO_MEMORY):
+        return ""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (
+        f"; this often means that memory ran out, of which {gigabytes(free)} is free: "
+        "ask for a smaller size or batch"
+    )
 
 
 class _Log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 
 import onnx
@@ -127,3 +128,9 @@ def test_the_command_takes_several_gpus():
     register(parser.add_subparsers())
     words = ["export", "model", "-o", "b", "--target", "tensorrt", "--gpu", *GPUS]
     assert parser.parse_args(words).gpu == list(GPUS)
+
+
+def test_an_error_that_may_mean_no_memory_says_so():
+    named = building._hint("Could not find any implementation for node {ForeignNode[x]}")
+    assert re.fullmatch(r"; this often means that memory ran out, of which .* is free: .*", named)
+    assert not building._hint("Assertion failed: axis < rank")

@@ -258,16 +258,26 @@ def quantisable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     }
 
 
-def is_inner(name: str) -> bool:
-    """Whether a denoiser's layer is quantised by rule: all but its gates and the times' projections."""
+def is_inner(name: str, scheme: Scheme) -> bool:
+    """Whether a denoiser's layer is quantised by rule: all but its gates and the times' projections.
+
+    What a flow transformer scales and shifts its norms by is a row of work, too, and where its input were rounded
+    pictures would suffer; kept in codes by itself it is a quarter of FLUX's weights saved.
+    """
     parts = name.split(".")
-    return parts[0] not in _GATES and _TIME not in parts
+    modulates = any(part.startswith("norm") for part in parts)
+    outside = parts[0] in _GATES or _TIME in parts
+    return not outside and not (modulates and scheme.activations != "none")
 
 
 def round_linears(model: nn.Module, scheme: Scheme) -> nn.Module:
     """Replace a denoiser's inner linear layers, one after the other, by their nearest codes."""
     for name, layer in quantisable(model).items():
-        if isinstance(layer, nn.Linear) and is_inner(name) and scheme.divides(layer.weight.shape):
+        if (
+            isinstance(layer, nn.Linear)
+            and is_inner(name, scheme)
+            and scheme.divides(layer.weight.shape)
+        ):
             codes = nearest(layer.weight.detach(), scheme)
             model.set_submodule(name, quantised_layer(layer, codes))
     return model

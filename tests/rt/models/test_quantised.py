@@ -16,6 +16,7 @@ from tintype.models.quantised import (
     QuantisedLinear,
     Scheme,
     fake_quantise,
+    is_inner,
     layer_codes,
     nearest,
     quantisable,
@@ -186,3 +187,22 @@ def test_a_scheme_that_there_is_not_says_what_there_is(arguments, said):
 def test_static_activations_need_their_scale():
     with pytest.raises(RequestError, match="need an input_scale; calibrate"):
         QuantisedLinear(nearest(torch.randn(4, 8), Scheme("int8", "static")), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "always", "with_inputs_as_they_are"),
+    [
+        ("transformer_blocks.0.attn.to_q", True, True),
+        ("single_transformer_blocks.3.norm.linear", False, True),
+        ("transformer_blocks.0.norm1_context.linear", False, True),
+        ("down_blocks.0.resnets.1.time_emb_proj", False, False),
+        ("conv_in", False, False),
+        ("proj_out", False, False),
+        ("single_transformer_blocks.3.proj_out", True, True),
+    ],
+)
+def test_the_rule_keeps_gates_high_and_modulation_where_inputs_are_rounded(
+    name, always, with_inputs_as_they_are
+):
+    assert is_inner(name, Scheme("fp8", "static")) == always
+    assert is_inner(name, Scheme("int4", group=64)) == with_inputs_as_they_are
