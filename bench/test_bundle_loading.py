@@ -6,12 +6,19 @@ A bundle is hashed when this machine first sees it and then known by sizes and t
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 import tintype
+from tintype.backends.torch import TorchBackend
 from tintype.bundle import open_bundle
+from tintype.checkpoints import open_checkpoint
 from tintype.loading import BOX
+from tintype_bench.runners.plain_graphs import session
+from tintype_bench.work import Runner
+from tintype_export.profiles import example_inputs
 
 POSTCARD = BOX / "postcard"
 
@@ -55,3 +62,35 @@ def test_first_run_of_the_denoiser(benchmark, backend):
         setup=lambda: ((tintype.load(POSTCARD, backend=backend),), {}),
         rounds=5,
     )
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("who", ["tintype", "engine"])
+def test_from_nothing_to_a_picture(benchmark, engine, who):
+    """One step: ours from `load`, and the engine's own sessions of the same graphs, each made and run once."""
+    pytest.importorskip(engine)
+    benchmark.group = f"nothing to a picture on {engine}"
+    bundle = open_bundle(POSTCARD)  # hashed before, as on every day but the first
+    calls = partial(_calls, bundle, Runner(engine), _inputs())
+    drawn = partial(_picture, engine)
+    benchmark.pedantic(drawn if who == "tintype" else calls, rounds=7, warmup_rounds=1)
+
+
+def _picture(engine):
+    pipe = tintype.load(POSTCARD, backend=engine)
+    return pipe("a red boat", num_inference_steps=1, seed=0, output_type="np")
+
+
+def _calls(bundle, runner, inputs):
+    for (stage, profile), arrays in inputs.items():
+        session(bundle, stage, profile, runner)(arrays)
+
+
+def _inputs():
+    checkpoint = open_checkpoint(POSTCARD)
+    modules = TorchBackend(checkpoint)
+    stages = [("encode", "b1"), ("guided_step", "128x128-b1"), ("decode", "128x128-b1")]
+    return {
+        (stage, profile): example_inputs(checkpoint, modules.inputs(stage), stage, profile)
+        for stage, profile in stages
+    }
