@@ -99,7 +99,7 @@ def _fold_shapes(model: ir.Model) -> None:
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.RemoveUnusedOpsetsPass(),
         passes.ClearMetadataAndDocStringPass(),  # the exporter notes a Python stack at every node
     ):

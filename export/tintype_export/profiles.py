@@ -80,7 +80,7 @@ def example_inputs(
         "sample": lambda: normal(rows, defaults["denoiser_channels"], *cells),
         "timestep": lambda: np.full(rows, 500.0, np.float32),
         "encoder_hidden_states": lambda: text().hidden.repeat(rows, axis=0),
-        "text_embeds": lambda: text().pooled.repeat(rows, axis=0),
+        "text_embeds": lambda: np.repeat(text().pooled, rows, axis=0),  # type: ignore[arg-type]
         "guidance": lambda: np.full(rows, 3.5, np.float32),
         "time_ids": lambda: np.full((rows, 6), float(found.height), np.float32),
         "latents": lambda: normal(*latents),

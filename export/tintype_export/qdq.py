@@ -116,7 +116,7 @@ class _Graph:
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         assert tensor.name is not None
         if tensor.name not in self.graph.initializers:
-            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
             value = ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[tensor.name]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.files import Weights
 from tintype.checkpoints.weights import parameters
-from tintype.models.quantised import LayerCodes, Scheme
+from tintype.models.quantised import LayerCodes, Scheme, quantisable
 from tintype.models.stages import stage_component
 
 from .calibration import Calibration, LayerInputs, calibrate
@@ -156,9 +156,8 @@ def read_layers(path: Path, model: nn.Module) -> dict[str, LayerCodes]:
     tensors = load_file(path)
     suffix = ".weight_scale"
     names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-    return {
-        name: _read_layer(tensors, name, model.get_submodule(name).weight.shape) for name in names
-    }
+    layers = quantisable(model)
+    return {name: _read_layer(tensors, name, layers[name].weight.shape) for name in names}
 
 
 _STORED = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
