@@ -21,9 +21,8 @@ from tintype_kernels import Row
 
 Floats = NDArray[np.float32]
 HISTORY = 3  # earlier quantities that the stages look back to
-_LARGEST = float(
-    np.finfo(np.float32).max
-)  # for no clipping; engines treat infinities each in their own way
+# For no clipping: engines treat infinities each in their own way.
+_LARGEST = float(np.finfo(np.float32).max)
 # Takes a function that fetches the latents, because few callers want to see them.
 OnStep = Callable[[Callable[[], Floats]], None]
 
