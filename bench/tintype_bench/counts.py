@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tintype.checkpoints import Checkpoint
-from tintype.checkpoints.architectures import builder
 from tintype.models.stages import Stage, build_stage, stage_names
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -122,14 +121,11 @@ def _count_stage(
     checkpoint: Checkpoint, name: str, width: int, height: int, rows: int
 ) -> list[Product]:
     with torch.device("meta"):
-        stage = build_stage(name, checkpoint.components, lambda part: _meta(checkpoint, part))
+        stage = build_stage(
+            name, checkpoint.components, lambda part: checkpoint.skeleton(part, torch.float32)
+        )
         inputs = _meta_inputs(checkpoint, stage, name, (width, height), rows)
     return count(stage.eval(), *inputs)
-
-
-def _meta(checkpoint: Checkpoint, part: str) -> Any:
-    component = checkpoint.components[part]
-    return builder(part, component.architecture, component.config)()
 
 
 def _meta_inputs(

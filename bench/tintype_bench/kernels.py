@@ -12,11 +12,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -48,19 +49,9 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                     yield {**about, "form": form, **timed}
 
 
-@contextmanager
-def _forced(implementation: str) -> Iterator[None]:
+def _forced(implementation: str) -> AbstractContextManager[Any]:
     """Ours is Triton's form on a GPU, whatever was measured to be the fastest there."""
-    before = os.environ.get(VARIABLE)
-    if implementation:
-        os.environ[VARIABLE] = implementation
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(VARIABLE, None)
-        else:
-            os.environ[VARIABLE] = before
+    return mock.patch.dict(os.environ, {VARIABLE: implementation} if implementation else {})
 
 
 def _name(module: ModuleType) -> str:

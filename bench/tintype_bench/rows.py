@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tintype_bench.limits import limit, losses
@@ -23,7 +24,8 @@ def case_report(task: Task, units: Sequence[Unit], ceilings: Mapping[str, Any]) 
             rows.append(_untimed(runner, "failed", task.unready[runner.label]))
         elif own:
             rows += _rows_of(task, runner, own, ceilings)
-    return {"case": task.case, "work": asdict(task.work), "rows": rows}
+    work = asdict(task.work) | {"checkpoint": Path(task.work.checkpoint).name}
+    return {"case": task.case, "work": work, "rows": rows}
 
 
 def settle(cases: Sequence[dict[str, Any]]) -> None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.checkpoint import Component
 from tintype.checkpoints.files import Weights
-from tintype.checkpoints.lora import Lora, touched
+from tintype.checkpoints.lora import Lora
 from tintype.checkpoints.weights import parameters
+
+from .writing import save_tensors
 
 
 def merged(checkpoint: Checkpoint, loras: Sequence[Lora], folder: Path) -> Checkpoint:
@@ -23,7 +24,7 @@ def merged(checkpoint: Checkpoint, loras: Sequence[Lora], folder: Path) -> Check
     """
     updated = checkpoint.with_loras(loras)
     components = dict(checkpoint.components)
-    for name in touched(checkpoint, loras):
+    for name in {name for each in updated.updates for name in each.layers}:
         components[name] = _written(updated, name, folder / name)
     return replace(checkpoint, components=components)
 
@@ -32,9 +33,8 @@ def _written(updated: Checkpoint, name: str, folder: Path) -> Component:
     part = updated.components[name]
     module = updated.component(name, _stored_type(part.weights))
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    folder.mkdir(parents=True)
     path = folder / f"{stem}.safetensors"
-    save_file({key: t.contiguous() for key, t in module.state_dict().items()}, path)
+    save_tensors(module.state_dict(), path)
     return replace(part, weights=Weights((path,)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tintype.checkpoints import Checkpoint
@@ -20,6 +20,7 @@ from tintype.models.stages import stage_component
 from .calibration import Calibration, LayerInputs, calibrate
 from .rounding import round_layer
 from .sensitivity import MOST_MEASURED, Rounder, Sensitivity, by_rule, measured
+from .writing import save_tensors
 
 Say = Callable[[str], None]
 
@@ -111,7 +112,6 @@ def write_quantised(
     stays high is written in float16, and scales in ``scales``, which is what the graph computes in.
     """
     chosen = quantised.sensitivity.chosen(quantised.scheme.weights)
-    path.parent.mkdir(exist_ok=True)
     count, written = len(weights.files), []
     for number, source in enumerate(weights.files, 1):
         part = f"-{number:05}-of-{count:05}" if count > 1 else ""
@@ -122,10 +122,9 @@ def write_quantised(
                 codes = quantised.rounder(layer, tensor.float())
                 kept.update(layer_tensors(layer, codes, scales))
             else:
-                kept[name] = tensor.to(HIGH).contiguous()
+                kept[name] = tensor.to(HIGH)
         target = path.with_name(f"{path.name}{part}.safetensors")
-        save_file(kept, target, metadata={"format": "pt"})
-        target.chmod(0o644)  # it is written for its owner alone
+        save_tensors(kept, target)
         written.append(target)
     return tuple(written)
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from tintype.backends.torch import made_safe
 from tintype.bundle import MANIFEST, describe
@@ -20,7 +18,7 @@ from tintype.models.stages import stage_component
 
 from .graphs import StoredTensor, stored_tensors
 from .quantisation import HIGH, Quantised, write_quantised
-from .writing import copy_described
+from .writing import copy_described, save_tensors
 
 _WEIGHT_SUFFIXES = PICKLES | {".safetensors", ".msgpack", ".h5", ".gguf"}
 _TERMS = ("README*", "LICENSE*", "NOTICE*")
@@ -92,7 +90,8 @@ def store_weights(
             )
         else:
             module = made_safe(checkpoint.component(name, kept.stored), part.config, kept.computed)
-            written = (_save_rounded(module, root / f"weights/{name}.safetensors"),)
+            written = (root / f"weights/{name}.safetensors",)
+            save_tensors(module.state_dict(), *written)
         files |= {path.relative_to(root).as_posix(): describe(path) for path in written}
         tensors[name] = stored_tensors(root, Weights(written))
     return Store(files, tensors)
@@ -133,14 +132,6 @@ def _copied(checkpoint: Checkpoint, root: Path) -> Store:
                 files[f"{name}/{path.name}"] = copy_described(path, copy)
         tensors[name] = stored_tensors(root, Weights(copies, part.weights.translate))
     return Store(files, tensors)
-
-
-def _save_rounded(module: nn.Module, path: Path) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # it is written for its owner alone, and a bundle is for whoever runs it
-    return path
 
 
 def _terms(source: Path) -> list[Path]:

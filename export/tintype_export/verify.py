@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from tintype.bundle import Bundle
 from tintype.checkpoints import Checkpoint
 from tintype.errors import BundleError, RequestError
 from tintype.loading import bundle_pipeline, checkpoint_pipeline
+from tintype.models.stages import stage_component
 from tintype.pipeline import Pipeline
 
 from .profiles import example_inputs
@@ -80,18 +83,19 @@ def require(report: Report, budget: Budget) -> None:
 
 
 def _stage_reports(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Iterator[StageReport]:
-    """One stage of either side is in memory at a time."""
-    for stage, profiles in bundle.stages.items():
+    """One component of the reference and one graph of the bundle are in memory at a time."""
+    component = partial(stage_component, components=checkpoint.components)
+    for _, stages in groupby(bundle.stages, component):
         reference = TorchBackend(checkpoint, device="cpu", dtype="float32")
-        names = reference.inputs(stage)
-        for profile, relative in profiles.items():
-            engine = bundle_pipeline(bundle, backend).family.backend
-            inputs = example_inputs(checkpoint, names, stage, profile, seed=1)
-            expected = reference.run(stage, profile, inputs)
-            actual = engine.run(stage, profile, inputs)
-            yield StageReport(
-                stage, profile, _computes(bundle, relative), **_difference(actual, expected)
-            )
+        for stage in stages:
+            names = reference.inputs(stage)
+            for profile, relative in bundle.stages[stage].items():
+                engine = bundle_pipeline(bundle, backend).family.backend
+                inputs = example_inputs(checkpoint, names, stage, profile, seed=1)
+                found = _difference(
+                    engine.run(stage, profile, inputs), reference.run(stage, profile, inputs)
+                )
+                yield StageReport(stage, profile, _computes(bundle, relative), **found)
 
 
 def _difference(actual: Arrays, expected: Arrays) -> dict[str, Any]:

@@ -187,11 +187,11 @@ def test_a_sharded_checkpoint_is_written_shard_by_shard(source, tmp_path, monkey
         save_file({name: tensors[name] for name in names[number::3]}, shards[-1])
     found = plan(open_checkpoint(source), "int4", 32, None, print)
     held = []
-    saved = save_file
+    saved = quantisation.save_tensors
     monkeypatch.setattr(
         quantisation,
-        "save_file",
-        lambda kept, *rest, **more: (held.append(set(kept)), saved(kept, *rest, **more)),
+        "save_tensors",
+        lambda kept, path: (held.append(set(kept)), saved(kept, path)),
     )
     weights = Weights(tuple(shards))
     written = write_quantised(weights, tmp_path / "out/unet", found, torch.float32)

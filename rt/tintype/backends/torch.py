@@ -17,7 +17,6 @@ from tintype.backends.execution import Call, check_execution, prepared
 from tintype.checkpoints import Checkpoint
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
-from tintype.models.quantised import Scheme, round_linears
 from tintype.models.stages import (
     STEPS,
     DecodeStage,
@@ -40,10 +39,10 @@ _DTYPES = {
     "bf16": torch.bfloat16,
 }
 # What the denoiser's linear layers are kept in where these are asked for; the rest is float32, on CUDA bfloat16.
-_CODES = {
-    "int8": Scheme("int8", "dynamic"),
-    "fp8": Scheme("fp8", "dynamic"),
-    "int4": Scheme("int4", group=64),
+_CODES: dict[str, dict[str, Any]] = {
+    "int8": {"activations": "dynamic"},
+    "fp8": {"activations": "dynamic"},
+    "int4": {"group": 64},
 }
 # SDXL's decoder reaches a few times float16's limit; a power of two keeps normal weights exact.
 _RESIDUAL_SCALE = 16.0
@@ -76,7 +75,7 @@ class TorchBackend:
         self._offload = offloading.offload(offload, self.device)
         self._tiled = vae_tiling
         self._execution = check_execution(execution, self.device, offloaded=offload is not None)
-        self._scheme = _CODES.get(dtype)
+        self._codes = dtype if dtype in _CODES else None
         self.dtype = _dtype(dtype, self.device)
         self.batch_invariant = (
             self.device.type == "cpu" if batch_invariant is None else batch_invariant
@@ -228,9 +227,11 @@ class TorchBackend:
     def _rounded(self, name: str, component: nn.Module) -> nn.Module:
         """The component, its linear layers in codes where that was asked for and it is the denoiser."""
         denoiser = stage_component("denoise", self.checkpoint.components)
-        if self._scheme is None or name != denoiser:
+        if self._codes is None or name != denoiser:
             return component
-        return round_linears(component, self._scheme)
+        from tintype.models.quantised import Scheme, round_linears  # imports every kernel
+
+        return round_linears(component, Scheme(self._codes, **_CODES[self._codes]))
 
 
 def load_component(

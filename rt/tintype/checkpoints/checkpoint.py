@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from tintype.checkpoints.lora import Lora
+    from tintype.checkpoints.lora import Lora, Updates
 
 STEPS = 50
 GUIDANCE = {"sd": 7.5, "sdxl": 5.0}
@@ -37,7 +37,8 @@ class Checkpoint:
     `num_inference_steps`, `guidance_scale`, `force_zeros_for_empty_prompt`, `latent_channels`,
     `latent_factor`, `denoiser_channels` (9 where the model inpaints), and for flow transformers
     `size_multiple` (pixels), `text_width`, `pooled_width`, `text_tokens` (of T5), `guidance_embeds` and
-    `left_out`, the encoders' stages that zeros stand in for. `loras` are added to the weights as these are read.
+    `left_out`, the encoders' stages that zeros stand in for. `updates`, of low rank, are added to weights as they
+    are read.
     """
 
     family: str
@@ -46,7 +47,7 @@ class Checkpoint:
     scheduler_config: dict[str, Any]
     tokenizer_folders: tuple[Path, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
-    loras: tuple[Lora, ...] = ()
+    updates: tuple[Updates, ...] = ()
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
@@ -78,11 +79,9 @@ class Checkpoint:
 
     def with_loras(self, loras: Iterable[Lora]) -> Checkpoint:
         """The checkpoint with these low-rank updates; CheckpointError where one does not fit."""
-        from tintype.checkpoints.lora import check_loras
+        from tintype.checkpoints.lora import fitted
 
-        added = tuple(loras)
-        check_loras(self, added)
-        return replace(self, loras=(*self.loras, *added))
+        return replace(self, updates=(*self.updates, *(fitted(self, lora) for lora in loras)))
 
     def component(
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -103,10 +102,10 @@ class Checkpoint:
         part = self.components[name]
         build = builder(name, part.architecture, part.config)
         module = load_module(name, build, part.weights, dtype=dtype or torch.float32, device=device)
-        if self.loras:
-            from tintype.checkpoints.lora import merge_loras
+        if self.updates:
+            from tintype.checkpoints.lora import merge
 
-            merge_loras(self, name, module, self.loras)
+            merge(self.updates, name, module)
         return module
 
     def skeleton(self, name: str, dtype: torch.dtype) -> nn.Module:

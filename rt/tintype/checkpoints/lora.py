@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -70,34 +70,41 @@ class _Place:
     flat: bool  # whether the layer's dots were written as underscores
 
 
-def check_loras(checkpoint: Checkpoint, loras: Iterable[Lora]) -> None:
+@dataclass(frozen=True)
+class Updates:
+    """A file that was found to fit a checkpoint: component -> layer -> part -> key."""
+
+    lora: Lora
+    layers: Mapping[str, Mapping[str, Mapping[str, str]]]
+
+
+def fitted(checkpoint: Checkpoint, lora: Lora) -> Updates:
     """Raises CheckpointError for a key that finds no layer of the checkpoint, or a shape that does not fit it."""
-    for lora in loras:
-        for component, layers in _layers(checkpoint, lora).items():
-            module = _hollow(checkpoint, component)
-            for name, keys in layers.items():
-                _check_shapes(lora.path, module.get_submodule(name), _shapes(lora.path, keys))
+    check_pickle(lora.path, allow_pickle=False)
+    header = {
+        key: entry for key, entry in read_header(lora.path)[0].items() if key != "__metadata__"
+    }
+    modules: dict[str, nn.Module] = {}
+    layers = _layers(checkpoint, lora.path, header, modules)
+    for component, found in layers.items():
+        for name, keys in found.items():
+            shapes = {part: tuple(header[key]["shape"]) for part, key in keys.items()}
+            _check_shapes(lora.path, modules[component].get_submodule(name), shapes)
+    return Updates(lora, layers)
 
 
-def merge_loras(
-    checkpoint: Checkpoint, component: str, module: nn.Module, loras: Iterable[Lora]
-) -> None:
+def merge(updates: Iterable[Updates], component: str, module: nn.Module) -> None:
     """Add the updates to the component's weights, each computed in float32 and rounded once."""
     from safetensors import safe_open
 
-    for lora in loras:
-        with safe_open(lora.path, framework="pt", device="cpu") as file:
-            alpha = _adapter_alpha(lora.path)
-            for name, keys in _layers(checkpoint, lora).get(component, {}).items():
+    for each in updates:
+        with safe_open(each.lora.path, framework="pt", device="cpu") as file:
+            alpha = _adapter_alpha(each.lora.path)
+            for name, keys in each.layers.get(component, {}).items():
                 tensors = {part: file.get_tensor(key) for part, key in keys.items()}
                 layer: Any = module.get_submodule(name)
-                update = lora.scale * _update(tensors, alpha, layer.weight)
+                update = each.lora.scale * _update(tensors, alpha, layer.weight)
                 layer.weight = nn.Parameter((layer.weight.float() + update).to(layer.weight.dtype))
-
-
-def touched(checkpoint: Checkpoint, loras: Iterable[Lora]) -> set[str]:
-    """The components that the updates change."""
-    return {component for lora in loras for component in _layers(checkpoint, lora)}
 
 
 def _update(tensors: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
@@ -109,10 +116,10 @@ def _update(tensors: Mapping[str, Tensor], alpha: float | None, weight: Tensor) 
     return product.view(weight.shape) * (1.0 if strength is None else strength / rank)
 
 
-def _layers(checkpoint: Checkpoint, lora: Lora) -> dict[str, dict[str, dict[str, str]]]:
-    """component -> layer -> part -> key of a file."""
-    check_pickle(lora.path, allow_pickle=False)
-    keys = [key for key in read_header(lora.path)[0] if key != "__metadata__"]
+def _layers(
+    checkpoint: Checkpoint, path: Path, keys: Iterable[str], modules: dict[str, nn.Module]
+) -> dict[str, dict[str, dict[str, str]]]:
+    """component -> layer -> part -> key of a file; the components without weights are put into ``modules``."""
     denoiser = "transformer" if "transformer" in checkpoint.components else "unet"
     names: dict[str, dict[str, str]] = {}
     found: dict[str, dict[str, dict[str, str]]] = {}
@@ -120,8 +127,9 @@ def _layers(checkpoint: Checkpoint, lora: Lora) -> dict[str, dict[str, dict[str,
     for key in keys:
         place = _place(key)
         component = denoiser if place is None else place.component or denoiser
-        if component in checkpoint.components and component not in names:
-            names[component] = _layer_names(checkpoint, component)
+        if component in checkpoint.components and component not in modules:
+            modules[component] = _hollow(checkpoint, component)
+            names[component] = _layer_names(modules[component])
         layer = None if place is None else _layer(place, names.get(component, {}), checkpoint)
         if place is None or layer is None:
             unknown.append(key)
@@ -136,7 +144,7 @@ def _layers(checkpoint: Checkpoint, lora: Lora) -> dict[str, dict[str, dict[str,
     if unknown or halves:
         wrong = unknown or halves
         raise CheckpointError(
-            f"{lora.path} does not fit {checkpoint.source}: no layer here for {', '.join(wrong[:_NAMED])}"
+            f"{path} does not fit {checkpoint.source}: no layer here for {', '.join(wrong[:_NAMED])}"
             f"{f' and {len(wrong) - _NAMED} more' if len(wrong) > _NAMED else ''}; possible are low-rank updates "
             f"of linear layers and convolutions of {', '.join(checkpoint.components)}"
         )
@@ -178,24 +186,18 @@ def dotted(flat: str) -> str:
     return flat.replace("_", ".").replace("-", "_")
 
 
-def _layer_names(checkpoint: Checkpoint, component: str) -> dict[str, str]:
+def _layer_names(module: nn.Module) -> dict[str, str]:
     """Our names of what can be updated, by their flattened form."""
-    modules: Iterator[tuple[str, nn.Module]] = _hollow(checkpoint, component).named_modules()
     return {
         name.replace(".", "_"): name
-        for name, module in modules
-        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for name, each in module.named_modules()
+        if isinstance(each, (nn.Linear, nn.Conv2d))
     }
 
 
 def _hollow(checkpoint: Checkpoint, component: str) -> nn.Module:
     with torch.device("meta"):
         return checkpoint.skeleton(component, torch.float32)
-
-
-def _shapes(path: Path, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    header, _ = read_header(path)
-    return {part: tuple(header[key]["shape"]) for part, key in keys.items()}
 
 
 def _check_shapes(path: Path, layer: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

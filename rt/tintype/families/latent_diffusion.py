@@ -88,10 +88,11 @@ class LatentDiffusion:
         self._check_edit(request)
         for each in _passes(request):
             self._check_size(each.width, each.height)
-            guidance = self._guidance(each, self._table(each))
+            table = self._table(each)
+            guidance = self._guidance(each, table)
             for stage in self.text.stages:
                 self.backend.compile(stage, self.text.profile(stage))
-            for stage, profile in self._denoising(each, guidance):
+            for stage, profile in self._denoising(each, table, guidance):
                 self.backend.compile(stage, profile)
         expected = self.latent_shape(*_first_size(request))
         if request.latents is not None and request.latents.shape[1:] != expected:
@@ -230,9 +231,11 @@ class LatentDiffusion:
             request.scheduler, config, request.steps, start=request.start, tokens=tokens
         )
 
-    def _denoising(self, request: ImageRequest, guidance: Guidance) -> list[tuple[str, str]]:
+    def _denoising(
+        self, request: ImageRequest, table: Table, guidance: Guidance
+    ) -> list[tuple[str, str]]:
         """The (stage, profile) pairs that one picture of a request walks through."""
-        whole = self.stepper.profile(request, self._table(request), guidance, 1)
+        whole = self.stepper.profile(request, table, guidance, 1)
         if whole is not None:
             return [(stage, whole.name) for stage in stages(guidance)]
         profiles = self.denoiser.profiles(request, 2 if guidance.applies else 1)
