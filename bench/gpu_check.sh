@@ -65,7 +65,7 @@ part() {
     sd3) generators sd3 "sd3-medium *, batch 1," "$@" ;;
     flux-dev) generators flux-dev "flux1-dev *, batch 1," "$@" ;;
     flux-schnell) generators flux-schnell "flux1-schnell *, batch 1," "$@" ;;
-    batches) generators batches "*, batch [!1]*" --in-turn "$@" ;;
+    batches) generators batches "for throughput" --in-turn "$@" ;;
     report) cat "$out"/*.md >"$out/campaign.txt" 2>/dev/null && cat "$out/campaign.txt" ;;
     *)
         echo "part $name is unknown; choose among ${all[*]}; $usage" >&2

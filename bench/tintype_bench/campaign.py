@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from tintype_bench.agreement import find_reference
 from tintype_bench.cases import Case
 from tintype_bench.conditions import conditions
 from tintype_bench.measure import TIMED, Plan, Reference, Task, Unit, time_group
-from tintype_bench.rows import case_report, settle
+from tintype_bench.probe import Probe
+from tintype_bench.rows import case_report, state_noise
 from tintype_bench.sources import Sources
 from tintype_bench.work import Runner
 from tintype_kernels.cache import replace_text
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Unfinished(TintypeError):
@@ -36,6 +38,7 @@ class Progress:
     key: dict[str, Any]
     units: list[Unit] = field(default_factory=list)
     begin: dict[str, Any] | None = None
+    settlings: list[dict[str, Any]] = field(default_factory=list)  # one for each time it went on
 
     def resume(self) -> None:
         """Read what an earlier run with the same key left."""
@@ -43,6 +46,7 @@ class Progress:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             if kept["key"] == self.key:
                 self.units, self.begin = kept["units"], kept["begin"]
+                self.settlings = kept["settlings"]
 
     def has(self, case: str, number: int, runners: Sequence[Runner]) -> bool:
         """Whether a round of these runners is done, or one of them has failed for good."""
@@ -57,7 +61,8 @@ class Progress:
         """Add what a group gave, and write everything down."""
         self.units += units
         if self.path is not None:
-            kept = {"key": self.key, "begin": self.begin, "units": self.units}
+            names = ("key", "begin", "settlings", "units")
+            kept = {name: getattr(self, name) for name in names}
             replace_text(self.path, json.dumps(kept) + "\n")
 
     def forget(self) -> None:
@@ -72,19 +77,19 @@ class Clock:
     def __init__(self, limit: float | None) -> None:
         self._begin, self._limit, self._longest = time.monotonic(), limit, 0.0
 
-    def check(self, left: int) -> None:
-        """Unfinished where the next group would be too late."""
+    def check(self, case: str, number: int) -> None:
+        """Unfinished where the next group, of this round of this case, would be too late."""
         spent = time.monotonic() - self._begin
         if self._limit is not None and spent + self._longest > self._limit:
             raise Unfinished(
-                f"stopped after {spent:.0f} s, before the limit of {self._limit:.0f} s, with {left} rounds of this "
-                "case to do; run the same command with --resume to go on"
+                f"stopped after {spent:.0f} s, before the limit of {self._limit:.0f} s, at round {number + 1} of "
+                f"{case}; run the same command with --resume to go on"
             )
 
-    def timed(self, act: Callable[[], Iterable[Unit]]) -> list[Unit]:
+    def timed(self, act: Callable[[], list[Unit]]) -> list[Unit]:
         """The units of a group, whose seconds are remembered."""
         begin = time.monotonic()
-        units = list(act())
+        units = act()
         self._longest = max(self._longest, time.monotonic() - begin)
         return units
 
@@ -102,24 +107,32 @@ class Campaign:
 
     def run(self, kept: Path | None, *, resume: bool) -> dict[str, Any]:
         """The report; `kept` is where progress goes on the way."""
-        progress = Progress(kept, {"suite": self.suite, "plan": asdict(self.plan)} | self._key())
+        progress = Progress(kept, self._key())
         if resume:
             progress.resume()
         self._begin(progress)
         clock = Clock(self.limit)
-        tasks = []
-        for case in self.cases:
-            task = self._task(case)
-            tasks.append(task)
-            self._time(task, progress, clock)
+        tasks = [self._task(case) for case in self.cases]
+        with Probe(self.device) as probe:
+            if next(self._pending(tasks, progress), None):
+                progress.settlings.append(asdict(probe.settle()))
+            for task, number, group in self._pending(tasks, progress):
+                clock.check(task.case, number)
+                progress.keep(clock.timed(partial(self._time, task, number, group, probe)))
         report = self._report(tasks, progress)
         progress.forget()
         return report
 
     def _key(self) -> dict[str, Any]:
         """What must be the same for units to be gone on from."""
-        versions = conditions()["versions"]
-        return {"cases": [c.name for c in self.cases], "device": self.device, "versions": versions}
+        return {
+            "format": FORMAT,
+            "suite": self.suite,
+            "plan": asdict(self.plan),
+            "cases": [case.name for case in self.cases],
+            "device": self.device,
+            "versions": conditions()["versions"],
+        }
 
     def _begin(self, progress: Progress) -> None:
         if progress.begin is None:
@@ -146,21 +159,24 @@ class Campaign:
         in_turn = self.plan.in_turn or case.in_turn
         return Task(case.name, work, tuple(runners), unready, reference, in_turn)
 
-    def _time(self, task: Task, progress: Progress, clock: Clock) -> None:
-        groups = [(n, g) for n in range(self.plan.rounds) for g in task.groups()]
-        for place, (number, group) in enumerate(groups):
-            failed = progress.failed(task.case)
-            going = [runner for runner in group if runner.label not in failed]
-            if not going or progress.has(task.case, number, going):
-                continue
-            clock.check(len(groups) - place)
-            if number == 0:
-                task.reference()  # made while no runner is in memory
-            self.sources.say(
-                f"{task.case}: round {number + 1} of {self.plan.rounds}, {len(going)} runners"
-            )
-            act = partial(time_group, task, going, number, self.plan)
-            progress.keep(clock.timed(act))
+    def _pending(
+        self, tasks: Sequence[Task], progress: Progress
+    ) -> Iterator[tuple[Task, int, list[Runner]]]:
+        """Groups that are not done; all cases before the next round, so that rounds of one are minutes apart."""
+        for number, task in product(range(self.plan.rounds), tasks):
+            for group in task.groups():
+                failed = progress.failed(task.case)
+                going = [runner for runner in group if runner.label not in failed]
+                if going and not progress.has(task.case, number, going):
+                    yield task, number, going
+
+    def _time(self, task: Task, number: int, group: Sequence[Runner], probe: Probe) -> list[Unit]:
+        if number == 0:
+            task.reference()  # made while no runner is in memory
+        self.sources.say(
+            f"{task.case}: round {number + 1} of {self.plan.rounds}, {len(group)} runners"
+        )
+        return list(time_group(task, group, number, self.plan, probe))
 
     def _report(self, tasks: Sequence[Task], progress: Progress) -> dict[str, Any]:
         assert progress.begin is not None
@@ -170,13 +186,15 @@ class Campaign:
             case_report(task, [u for u in progress.units if u["case"] == task.case], best)
             for task in tasks
         ]
-        settle(cases)
+        drift = state_noise(cases)
         return {
             "format": FORMAT,
             "suite": self.suite,
             "conditions": progress.begin["conditions"],
             "plan": asdict(self.plan),
-            "ceilings": {"before": begin, "after": end, "change": ceilings.change(begin, end)},
+            "ceilings": {"before": begin, "after": end},
+            "settlings": progress.settlings,
+            "drift": drift,
             "cases": cases,
         }
 

@@ -42,12 +42,14 @@ class Case:
         return f"{self.model} {self.width}x{self.height}, {what}{note}"
 
 
-def ours(backend: str, *precisions: str, device: str = "cpu") -> tuple[Runner, ...]:
+def ours(backend: str, *precisions: str) -> tuple[Runner, ...]:
     """Tintype on a backend, once a precision."""
-    return tuple(Runner("tintype", each, backend, device) for each in precisions)
+    return tuple(Runner("tintype", each, backend) for each in precisions)
 
 
 _COMPILED = Runner("diffusers-compiled", "bf16")
+# max-autotune makes and tries C++ for every matrix product of every shape, too long for a CPU at full size.
+_COMPILED_SOON = replace(_COMPILED, mode="default")
 _EAGER = Runner("diffusers", "fp32")
 _ORT, _OPENVINO = Runner("onnxruntime", "fp32"), Runner("openvino", "bf16")
 _OWN_GRAPHS = (*ours("onnxruntime", "fp32"), *ours("openvino", "bf16"))
@@ -66,9 +68,10 @@ def cpu() -> Iterator[Case]:
     """SD 1.5's UNet and whole pictures at full size; postcard compiled, and what its promise of equal bytes costs."""
     eight_bits = (*ours("onnxruntime", "int8"), *ours("openvino", "int8"))
     unet = (*ours("torch", "bf16"), *_OWN_GRAPHS, *eight_bits)
-    unet += (_COMPILED, Runner("diffusers", "bf16"), _OPENVINO, _ORT)
+    unet += (_COMPILED_SOON, Runner("diffusers", "bf16"), _OPENVINO, _ORT)
     yield Case("sd15", 512, 512, 2, 1, 7.5, unet, component="denoise", in_turn=True)
-    whole = (*ours("openvino", "bf16", "int8"), _COMPILED, _OPENVINO)
+    whole = (*ours("openvino", "bf16", "int8"), _COMPILED_SOON)
+    whole += (Runner("diffusers", "bf16"), _OPENVINO)
     yield Case("sd15", 512, 512, 1, 4, 7.5, whole, in_turn=True)
     yield Case("postcard", 128, 128, 1, 20, 4.0, (*_OWN_GRAPHS, _COMPILED, _OPENVINO))
     invariant = Runner("tintype", "fp32", "torch", invariant=True)
@@ -111,19 +114,16 @@ _BATCHES = (4, 8, 16)  # of which the report names the one with the best through
 
 def gpu(device: str = "cuda") -> Iterator[Case]:
     """Whole generators in 16 and 8 bits beside diffusers eager and compiled, one picture and batches of them."""
-    own = ours("torch", "bf16", "fp8", "int8", device=device)
+    own = ours("torch", "bf16", "fp8", "int8")
     # A CPU, on which the suite is tried out, has no graphs.
     fastest = "compiled" if device == "cpu" else "graph"
     runners = (*own, *(replace(each, execution=fastest) for each in own))
-    runners += (
-        Runner("diffusers", "bf16", device=device),
-        Runner("diffusers-compiled", "bf16", device=device),
-    )
+    runners += (Runner("diffusers", "bf16"), _COMPILED)
     for setting in GENERATORS:
         yield _generator_case(setting, 1, runners)
     for setting in _least_steps():
         for batch in _BATCHES:
-            yield _generator_case(setting, batch, runners)
+            yield _generator_case(replace(setting, note="for throughput"), batch, runners)
 
 
 def _least_steps() -> list[Published]:
@@ -157,6 +157,12 @@ def tiny(case: Case) -> Case:
     return replace(case, width=64, height=64, steps=1 + case.steps // 20)
 
 
+def on_device(case: Case, device: str) -> Case:
+    """The case with everybody on `device`; who cannot be there says so when it is loaded."""
+    runners = tuple(replace(runner, device=device) for runner in case.runners)
+    return replace(case, runners=runners)
+
+
 def of_model(model: str, settings: dict[str, float], *, bundle: bool) -> Case:
     """The case of a model that the user names, at its own settings."""
     runners = _OWN_GRAPHS if bundle else ours("torch", "fp32", "bf16")
@@ -178,9 +184,7 @@ def of_shape(shape: str) -> Case:
     return _generator_case(setting, 1, (*ours("torch", "bf16"), Runner("diffusers", "bf16")))
 
 
-def chosen_peers(
-    case: Case, peers: Sequence[str] | None, commands: Sequence[str], device: str
-) -> Case:
+def chosen_peers(case: Case, peers: Sequence[str] | None, commands: Sequence[str]) -> Case:
     """The case with these peers alone (None: its own; "none": nobody), and the user's commands."""
     known = (*PEERS, "none")
     if unknown := [name for name in peers or () if name not in known]:
@@ -188,7 +192,7 @@ def chosen_peers(
     kept = tuple(r for r in case.runners if r.ours or peers is None or r.kind in peers)
     present = {runner.kind for runner in kept}
     added = tuple(
-        Runner(name, "bf16" if name == "diffusers-compiled" else "fp32", device=device)
+        Runner(name, "bf16" if name == "diffusers-compiled" else "fp32")
         for name in peers or ()
         if name not in (*present, "none")
     )

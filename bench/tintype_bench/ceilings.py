@@ -1,14 +1,13 @@
 """What this machine does at best, measured: `python -m tintype_bench.ceilings [--device cuda]` prints JSON.
 
 Square matrix products by precision, and a copy. They are measured in a process of their own before a suite and again
-after it, and the change between the two says how steady the machine was meanwhile.
+after it, and the higher of the two counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,15 +34,6 @@ def best(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The higher of each ceiling: what a busy moment hid."""
     flops = {n: max(v, after["flops"].get(n, v)) for n, v in before["flops"].items()}
     return {"flops": flops, "bandwidth": max(before["bandwidth"], after["bandwidth"])}
-
-
-def change(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """How much slower, relatively, the machine was at `after`: the mean over all ceilings."""
-    pairs = [(before["bandwidth"], after["bandwidth"])]
-    pairs += [
-        (before["flops"][n], after["flops"][n]) for n in before["flops"] if n in after["flops"]
-    ]
-    return math.exp(sum(math.log(b / a) for b, a in pairs) / len(pairs)) - 1
 
 
 def _measure(device: str) -> dict[str, Any]:

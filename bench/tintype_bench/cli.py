@@ -130,6 +130,10 @@ def _check(options: argparse.Namespace) -> None:
         raise RequestError(
             "--resume goes on from what lies beside a report; name it with --json or --results"
         )
+    if _suite(options) in ("cold", "kernels") and (options.report or options.markdown):
+        raise RequestError(
+            f"--report and --markdown are made of suites of cases; {options.suite} prints its table and has --json"
+        )
     for target in (options.json, options.report, options.markdown):
         if target is not None:  # tried before the work starts
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +213,8 @@ def _cases(options: argparse.Namespace, suite: str, device: str) -> Iterable[Any
             continue
         small = cases.tiny(case) if options.tiny else case
         if options.only is None or fnmatchcase(small.name, f"*{options.only}*"):
-            yield cases.chosen_peers(small, options.peer, options.peer_cmd, device)
+            chosen = cases.chosen_peers(small, options.peer, options.peer_cmd)
+            yield cases.on_device(chosen, device)
 
 
 def _model_case(model: str) -> Any:
@@ -228,11 +233,17 @@ def _model_case(model: str) -> Any:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """An earlier run's JSON."""
+    """An earlier run's JSON; RequestError where it is something else."""
+    from tintype_bench.campaign import FORMAT
+
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RequestError(f"{path} is not a report of tintype bench --json: {error}") from error
+    if report.get("format") != FORMAT:
+        raise RequestError(
+            f"{path} is no report of cases in form {FORMAT}, which this version reads; run the suite again"
+        )
     return report
 
 

@@ -1,4 +1,4 @@
-"""Two reports of one suite, row by row: what changed by more than both runs' noise."""
+"""Two reports of one suite, row by row: what changed by more than noise and the machine's own pace explain."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tintype.errors import RequestError
-from tintype_bench.ceilings import change
 from tintype_bench.measure import TIMED
-from tintype_bench.spread import allowance
+from tintype_bench.spread import allowed, typical
 
 SLOWER, FASTER, SAME, LOST, NEW = "slower", "faster", "within noise", "lost", "new"
 _Key = tuple[str, str, str]
@@ -17,14 +16,18 @@ _Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Difference:
-    """A row in both reports; ``change`` is relative, above 0 where the second is slower."""
+    """A row in both reports.
+
+    ``change`` is relative, above 0 where the second is slower; ``allowed`` are the changes that chance and the machine
+    explain, from the least to the most.
+    """
 
     case: str
     who: str
     kind: str
     verdict: str
     change: float | None = None
-    allowed: float | None = None
+    allowed: tuple[float, float] | None = None
     note: str = ""
 
     @property
@@ -35,21 +38,22 @@ class Difference:
     def line(self) -> str:
         """One row of the table."""
         moved = "" if self.change is None else f"{100 * self.change:+7.1f}%"
-        allowed = "" if self.allowed is None else f"(allowed {100 * self.allowed:.1f}%)"
+        allowed = ""
+        if self.allowed is not None:
+            least, most = (100 * each for each in self.allowed)
+            allowed = f"(allowed {least:+.1f}% to {most:+.1f}%)"
         what = f"{self.case}: {self.who}, {self.kind}"
-        return f"{self.verdict:13}{moved:9}{allowed:17} {what}{self.note and ': '}{self.note}"
+        return f"{self.verdict:13}{moved:9}{allowed:30} {what}{self.note and ': '}{self.note}"
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
     """What became of every row of `first`, and which rows are new."""
-    if first.get("suite") != second.get("suite") or "cases" not in first:
+    if first["suite"] != second["suite"]:
         raise RequestError(
-            f"--compare takes two reports of one suite of cases; these are of {first.get('suite')!r} and "
-            f"{second.get('suite')!r}"
+            f"--compare takes two reports of one suite; these are of {first['suite']!r} and {second['suite']!r}"
         )
-    drift = change(first["ceilings"]["before"], second["ceilings"]["before"])
     before, after = dict(_rows(first)), dict(_rows(second))
-    found = [_difference(key, row, after.get(key), drift) for key, row in before.items()]
+    found = [_difference(key, row, after.get(key)) for key, row in before.items()]
     fresh = [key for key, row in after.items() if key not in before and row["status"] == TIMED]
     return [*found, *(Difference(*key, NEW) for key in fresh)]
 
@@ -64,15 +68,19 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[_Key, dict[str, Any]]]:
 
 
 def _difference(
-    key: _Key, before: Mapping[str, Any], after: Mapping[str, Any] | None, drift: float
+    key: _Key, before: Mapping[str, Any], after: Mapping[str, Any] | None
 ) -> Difference:
     if before["status"] != TIMED:
         return Difference(*key, SAME, note="was not timed before")
     if after is None or after["status"] != TIMED:
         return Difference(*key, LOST, note=(after or {}).get("reason", "not in the second report"))
-    moved = after["seconds"]["median"] / before["seconds"]["median"] - 1
-    allowed = allowance(before["noise"], after["noise"], drift)
-    # A change is judged as a ratio, so that slower and faster by the same factor are the same distance.
-    distance = max(moved, -moved / (1 + moved))
-    verdict = SAME if distance <= allowed else SLOWER if moved > 0 else FASTER
-    return Difference(*key, verdict, moved, allowed)
+    factor = after["seconds"]["median"] / before["seconds"]["median"]
+    least, most = allowed((before["noise"], after["noise"]), _paces(before, after))
+    verdict = SLOWER if factor > most else FASTER if factor < least else SAME
+    return Difference(*key, verdict, factor - 1, (least - 1, most - 1))
+
+
+def _paces(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[float]:
+    """How many times longer each part of the probe took while the second was timed."""
+    first, second = typical(before["probe"]), typical(after["probe"])
+    return [second[part] / first[part] for part in first]

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tintype.checkpoints import Checkpoint
-from tintype.models.stages import Stage, build_stage, stage_names
+from tintype.models.stages import Stage, build_stage, stage_component, stage_names
+from tintype.tokenizer import CONTEXT
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _ATTENTION = ("bmm", "baddbmm", "attention")
-_CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,10 @@ def _count_stage(
 def _meta_inputs(
     checkpoint: Checkpoint, stage: Stage, name: str, size: tuple[int, int], rows: int
 ) -> list[Tensor]:
-    defaults, configs = checkpoint.defaults, checkpoint.configs
+    defaults = checkpoint.defaults
     cells = [side // defaults["latent_factor"] for side in reversed(size)]
-    reads_t5 = configs.get(name.replace("encode", "text_encoder"), {}).get("model_type") == "t5"
     shapes: dict[str, tuple[int, ...]] = {
-        "input_ids": (rows, defaults["text_tokens"] if reads_t5 else _CLIP_TOKENS),
+        "input_ids": (rows, _encoder_tokens(checkpoint, name)),
         "sample": (rows, defaults["denoiser_channels"], *cells),
         "timestep": (rows,),
         "guidance": (rows,),
@@ -148,10 +147,21 @@ def _meta_inputs(
     return [torch.empty(shapes[n], dtype=kinds.get(n, torch.float32)) for n in stage.inputs]
 
 
+def _encoder_tokens(checkpoint: Checkpoint, stage: str) -> int:
+    """A CLIP reads as many tokens as it has positions, T5 as many as the model was trained on."""
+    config = checkpoint.configs.get(stage_component(stage, checkpoint.components), {})
+    if config.get("model_type") == "t5":
+        return int(checkpoint.defaults["text_tokens"])
+    return int(config.get("max_position_embeddings", CONTEXT))
+
+
 def _text_tokens(checkpoint: Checkpoint) -> int:
-    """SD3's denoiser reads CLIP's tokens and then T5's, FLUX's T5's alone, a UNet CLIP's."""
-    tokens = int(checkpoint.defaults.get("text_tokens", 0))
-    return {"sd3": _CLIP_TOKENS + tokens, "flux": tokens}.get(checkpoint.family, _CLIP_TOKENS)
+    """FLUX's denoiser reads T5's tokens, a UNet CLIP's, SD3's CLIP's and then T5's or the zeros in their place."""
+    if checkpoint.family == "flux":
+        return _encoder_tokens(checkpoint, "encode_2")
+    clip = _encoder_tokens(checkpoint, "encode")
+    told = (*stage_names(checkpoint.components), *checkpoint.defaults.get("left_out", ()))
+    return clip + int(checkpoint.defaults["text_tokens"]) if "encode_3" in told else clip
 
 
 def _text_width(checkpoint: Checkpoint) -> int:

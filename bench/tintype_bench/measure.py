@@ -5,21 +5,27 @@ What is kept of one runner in one round is a unit, a plain JSON object; a run th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from tintype.errors import TintypeError
 from tintype_bench.agreement import agreement_db, least_db, thumbnail
+from tintype_bench.probe import Probe
 from tintype_bench.protocol import WorkerFailed, WorkerProcess
 from tintype_bench.runners import Pictures
+from tintype_bench.spread import Reading, typical
 from tintype_bench.work import Runner, Work
 
 Unit = dict[str, Any]
+_T = TypeVar("_T")
 Reference = tuple[Pictures, str]  # the output that others are held to, and who made it
 TIMED, DIFFERS, FAILED = "timed", "differs", "failed"
+# Seconds before a run: threads of the one before spin on, onnxruntime's for up to 40 ms, on cores that the next needs.
+_REST = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,10 @@ class Task:
         return [[runner] for runner in ready] if self.in_turn else [ready]
 
 
-def time_group(task: Task, group: Sequence[Runner], number: int, plan: Plan) -> Iterator[Unit]:
-    """The units of one round of runners that are loaded together: load all, then run them in turns."""
+def time_group(
+    task: Task, group: Sequence[Runner], number: int, plan: Plan, probe: Probe
+) -> Iterator[Unit]:
+    """The units of one round of runners that are loaded together: load all, then run them in turns with the probe."""
     with ExitStack() as stack:
         live: list[tuple[WorkerProcess, Unit]] = []
         for runner in group:
@@ -68,19 +76,33 @@ def time_group(task: Task, group: Sequence[Runner], number: int, plan: Plan) -> 
             else:
                 worker.close()
                 yield unit
-        for _ in range(plan.runs):
-            for worker, unit in live:
-                _attempt(unit, partial(_run, worker, unit))
+        pace = _alternate(live, plan.runs, probe)
         for worker, unit in live:
+            unit["probe"] = pace
             if number == 0:  # apart from the timed runs: watching a stage makes the device wait
                 _attempt(unit, partial(_watch_stages, worker, unit))
             _attempt(unit, partial(_look_at_memory, worker, unit))
             yield unit
 
 
+def _alternate(live: Sequence[tuple[WorkerProcess, Unit]], runs: int, probe: Probe) -> Reading:
+    """Run all in turns, the probe before, between and after; the machine's typical reading meanwhile."""
+    readings = [_rested(probe.read)]
+    for _ in range(runs):
+        for worker, unit in live:
+            _attempt(unit, partial(_rested, partial(_run, worker, unit)))
+        readings.append(_rested(probe.read))
+    return typical(readings)
+
+
+def _rested(act: Callable[[], _T]) -> _T:
+    time.sleep(_REST)
+    return act()
+
+
 def _load(worker: WorkerProcess, unit: Unit, task: Task) -> None:
     """Load and run once; in the first round the output is compared, and what differs is not timed."""
-    unit.update(status=TIMED, samples=[], joules=[])
+    unit.update(status=TIMED, samples=[], joules=[], mhz=[])
 
     def load() -> None:
         answer = worker.load(task.work)
@@ -105,8 +127,9 @@ def _compare(output: Pictures, runner: Runner, unit: Unit, task: Task) -> None:
 def _run(worker: WorkerProcess, unit: Unit) -> None:
     answer = worker.ask("run")
     unit["samples"].append(answer["seconds"])
-    if answer.get("joules") is not None:
-        unit["joules"].append(answer["joules"])
+    for name in ("joules", "mhz"):
+        if answer.get(name) is not None:
+            unit[name].append(answer[name])
 
 
 def _watch_stages(worker: WorkerProcess, unit: Unit) -> None:

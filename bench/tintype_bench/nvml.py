@@ -43,6 +43,11 @@ def energy() -> float | None:
     return millijoules.value / 1000
 
 
+def clock() -> float | None:
+    """MHz that the multiprocessors run at right now."""
+    return None if (opened := _opened()) is None else _clock(*opened, "", _SM)
+
+
 def describe() -> dict[str, Any]:
     """Name, driver, and present and highest clocks in MHz; empty where there is no GPU."""
     if (opened := _opened()) is None:
@@ -56,8 +61,13 @@ def describe() -> dict[str, Any]:
         found["driver"] = text.value.decode()
     for name, kind in (("sm", _SM), ("memory", _MEMORY)):
         for word in ("", "Max"):
-            number = ctypes.c_uint()
-            ask = getattr(library, f"nvmlDeviceGet{word}ClockInfo")
-            if not ask(handle, kind, ctypes.byref(number)):
-                found[f"{name}_{word.lower() or 'now'}_mhz"] = number.value
+            if (mhz := _clock(library, handle, word, kind)) is not None:
+                found[f"{name}_{word.lower() or 'now'}_mhz"] = mhz
     return found
+
+
+def _clock(library: Any, handle: ctypes.c_void_p, word: str, kind: int) -> float | None:
+    """The present clock of a kind, or with the word "Max" the highest."""
+    number = ctypes.c_uint()
+    ask = getattr(library, f"nvmlDeviceGet{word}ClockInfo")
+    return None if ask(handle, kind, ctypes.byref(number)) else number.value

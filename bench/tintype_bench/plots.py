@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+# In pixels: of bars, their height and distance, and the widths of names, bars and values.
 _BAR, _GAP, _LABELS, _PLOT, _VALUES = 22, 8, 250, 440, 230
-_WIDTH, _HEIGHT, _MARGIN = 640, 320, 56
+# Of a plot with axes, its frame, and what is left for the names of lines and below it.
+_LEFT, _RIGHT, _TOP, _BOTTOM, _NAMES, _BELOW = 76, 620, 20, 264, 200, 56
+_SERIES = 4  # colours that the page has for lines
+_LETTER = 14  # the height of a line of text
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,14 @@ class Mark:
     ours: bool
 
 
-def bars(rows: Sequence[Bar]) -> str:
+def bars(rows: Sequence[Bar], name: str) -> str:
     """Horizontal bars, shorter is better; a whisker for the quartiles, a tick for the machine's limit."""
     most = max(row.upper for row in rows)
     height = len(rows) * (_BAR + _GAP) + _GAP
     parts = [
         _bar(row, _GAP + number * (_BAR + _GAP), _PLOT / most) for number, row in enumerate(rows)
     ]
-    return _svg(_LABELS + _PLOT + _VALUES, height, parts)
+    return _svg(name, _LABELS + _PLOT + _VALUES, height, parts)
 
 
 def _bar(row: Bar, top: float, scale: float) -> str:
@@ -62,8 +66,9 @@ def _bar(row: Bar, top: float, scale: float) -> str:
 
 @dataclass(frozen=True)
 class Axes:
-    """A plot with logarithmic axes of these names; ``ticks`` writes a value."""
+    """A plot of this name with logarithmic axes of these names; ``ticks`` write a value."""
 
+    name: str
     x_name: str
     y_name: str
     x_tick: Callable[[float], str]
@@ -76,27 +81,28 @@ class Axes:
     ) -> str:
         """Marks under named lines, which are then ceilings, or lines alone, each in a colour of its own."""
         points = [(m.x, m.y) for m in marks] + [p for line in lines.values() for p in line]
-        across = _Scale.of([x for x, _ in points], _MARGIN + 20, _WIDTH - 20)
-        up = _Scale.of([y for _, y in points], _HEIGHT - _MARGIN, 20)
-        parts = [self._frame(across, up)]
-        for number, (name, line) in enumerate(lines.items()):
-            kind = "ceiling" if marks else f"series{number % 4}"
-            parts.append(_line(name, [(across(x), up(y)) for x, y in line], kind))
+        across = _Scale.of([x for x, _ in points], _LEFT, _RIGHT)
+        up = _Scale.of([y for _, y in points], _BOTTOM, _TOP)
+        kinds = ["ceiling" if marks else f"series{n % _SERIES}" for n in range(len(lines))]
+        placed = [
+            _Line(name, kind, [(across(x), up(y)) for x, y in sorted(line)])
+            for (name, line), kind in zip(lines.items(), kinds, strict=True)
+        ]
+        parts = [self._frame(across, up), *(line.draw() for line in placed), *_names(placed)]
         parts += [_mark(mark, across(mark.x), up(mark.y)) for mark in marks]
-        return _svg(_WIDTH + 180, _HEIGHT, parts)
+        return _svg(self.name, _RIGHT + _NAMES, _BOTTOM + _BELOW, parts)
 
     def _frame(self, across: _Scale, up: _Scale) -> str:
-        bottom, left = _HEIGHT - _MARGIN, _MARGIN + 20
         parts = [
-            _path(left, bottom, _WIDTH - 20, bottom, "axis"),
-            _path(left, 20, left, bottom, "axis"),
-            _text((left + _WIDTH) / 2, _HEIGHT - 8, self.x_name, "middle", "name"),
-            _text(left, 14, self.y_name, "start", "name"),
+            _path(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "axis"),
+            _path(_LEFT, _TOP, _LEFT, _BOTTOM, "axis"),
+            _text((_LEFT + _RIGHT) / 2, _BOTTOM + _BELOW - 8, self.x_name, "middle", "name"),
+            _text(_LEFT, _TOP - 6, self.y_name, "start", "name"),
         ]
-        parts += [_text(across(v), bottom + 18, self.x_tick(v), "middle") for v in across.ticks()]
+        parts += [_text(across(v), _BOTTOM + 18, self.x_tick(v), "middle") for v in across.ticks()]
         for value in up.ticks():
-            parts.append(_path(left, up(value), _WIDTH - 20, up(value), "grid"))
-            parts.append(_text(left - 8, up(value) + 4, self.y_tick(value), "end"))
+            parts.append(_path(_LEFT, up(value), _RIGHT, up(value), "grid"))
+            parts.append(_text(_LEFT - 8, up(value) + 4, self.y_tick(value), "end"))
         return "".join(parts)
 
 
@@ -125,10 +131,26 @@ class _Scale:
         return [value for value in found if self.low <= math.log(value) <= self.high]
 
 
-def _line(name: str, points: Sequence[tuple[float, float]], kind: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    x, y = points[-1]
-    return f'<polyline class="{kind}" points="{path}"/>{_text(x + 8, y + 4, name, "start")}'
+@dataclass(frozen=True)
+class _Line:
+    """A line whose points are in pixels."""
+
+    name: str
+    kind: str
+    points: Sequence[tuple[float, float]]
+
+    def draw(self) -> str:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
+        return f'<polyline class="{self.kind}" points="{path}"/>'
+
+
+def _names(lines: Sequence[_Line]) -> Iterator[str]:
+    """Each name at the end of its line, moved down where another's is."""
+    free = -math.inf
+    for line in sorted(lines, key=lambda line: line.points[-1][1]):
+        x, y = line.points[-1]
+        free = max(y + 4, free + _LETTER)
+        yield _text(x + 8, free, line.name, "start", line.kind)
 
 
 def _mark(mark: Mark, x: float, y: float) -> str:
@@ -146,6 +168,6 @@ def _path(x: float, y: float, x_end: float, y_end: float, kind: str) -> str:
     return f'<path class="{kind}" d="M{x:.1f} {y:.1f}L{x_end:.1f} {y_end:.1f}"/>'
 
 
-def _svg(width: float, height: float, parts: Sequence[str]) -> str:
-    content = "".join(parts)
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img">{content}</svg>'
+def _svg(name: str, width: float, height: float, parts: Sequence[str]) -> str:
+    box = f"0 0 {width:.0f} {height:.0f}"
+    return f'<svg viewBox="{box}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'

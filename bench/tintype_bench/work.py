@@ -44,7 +44,8 @@ class Runner:
     """Who does it: a ``kind`` of `runners.KINDS`, for ours on which ``backend``, in which precision.
 
     ``bundle`` is the folder that graph runners read; ``command`` is a command line of the user's own. ``invariant``
-    asks ours for the same bytes in any batch, which no peer promises; ``execution`` is how our torch backend runs.
+    asks ours for the same bytes in any batch, which no peer promises; ``execution`` is how our torch backend runs,
+    ``mode`` which of `torch.compile`'s diffusers is compiled in.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Runner:
     command: str = ""
     invariant: bool = False
     execution: str = "eager"
+    mode: str = "max-autotune"
 
     @property
     def label(self) -> str:
@@ -63,7 +65,8 @@ class Runner:
             return f"command {self.command.split()[0]}"
         promise = "batch-invariant" if self.invariant else ""
         way = "" if self.execution == "eager" else self.execution
-        words = (self.kind.replace("-", " "), self.backend, way, self.precision, promise)
+        mode = "" if self.mode == "max-autotune" else self.mode
+        words = (self.kind.replace("-", " "), self.backend, way, mode, self.precision, promise)
         return " ".join(filter(None, words))
 
     @property

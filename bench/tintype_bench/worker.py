@@ -4,7 +4,7 @@ A request is a line of JSON on stdin, {"do": VERB, ...}; the answer is a line on
 
     load     work, runner      -> seconds, and what `run` says, of the first run: whatever is compiled is compiled here
     output   path              -> the first run's pictures are written there as .npy
-    run                        -> seconds, and joules where the driver tells
+    run                        -> seconds, and joules and the clock in mhz where the driver tells
     stages                     -> seconds of one more run, and of each stage in it
     peak                       -> most memory used so far, host and device, in megabytes
     quit
@@ -55,7 +55,7 @@ class Worker:
 
     def run(self) -> Answer:
         _, seconds, joules = self._timed()
-        return {"seconds": seconds, "joules": joules}
+        return {"seconds": seconds, "joules": joules, "mhz": nvml.clock() if self._on_gpu else None}
 
     def stages(self) -> Answer:
         running = self._loaded()

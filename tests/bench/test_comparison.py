@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench_reports import CEILINGS, report, row, untimed
+from bench_reports import report, row, untimed
 from tintype.cli import main
 from tintype_bench.comparison import compare
 
@@ -27,11 +27,11 @@ def test_a_noisy_row_needs_a_larger_change():
     assert verdicts(before, after) == ["within noise", "slower"]
 
 
-def test_a_machine_that_is_slower_itself_is_allowed_for():
-    slow = {"flops": {n: v / 1.2 for n, v in CEILINGS["flops"].items()}, "bandwidth": 1e10 / 1.2}
-    assert verdicts(report([row("a", 1.0)]), report([row("a", 1.2)], ceilings=slow)) == [
-        "within noise"
-    ]
+def test_a_machine_that_was_slower_meanwhile_is_allowed_for_and_no_more():
+    before = report([row("a", 1.0), row("b", 1.0), row("c", 1.0)])
+    rows = [row(who, s, product=0.048) for who, s in (("a", 1.2), ("b", 1.0), ("c", 1.3))]
+    assert verdicts(before, report(rows)) == ["within noise", "within noise", "slower"]
+    assert verdicts(report(rows), before) == ["within noise", "within noise", "faster"]
 
 
 def test_a_row_that_is_no_longer_timed_is_a_regression_and_a_new_one_is_not():
@@ -56,3 +56,10 @@ def test_reports_of_different_suites_are_refused(tmp_path, capsys):
         (tmp_path / name).write_text(json.dumps(content))
     assert main(["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "'quick' and 'cpu'" in capsys.readouterr().err
+
+
+def test_a_report_of_another_form_is_refused(tmp_path, capsys):
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(report([row("a", 1.0)]) | {"format": 1}))
+    assert main(["bench", "--compare", str(old), str(old)]) == 2
+    assert "run the suite again" in capsys.readouterr().err

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tintype.checkpoints import Checkpoint, Component
+from tintype.checkpoints import Checkpoint, Component, open_checkpoint
 from tintype.checkpoints.checkpoint import default_settings, flow_settings
+from tintype.loading import BOX
 from tintype_bench.counts import Ceilings, count, floor_seconds, stage_products
 from tintype_bench.limits import losses
 from tintype_bench.shapes import find_shape
@@ -85,6 +86,20 @@ def test_flux_is_its_blocks():
     expected = 19 * double + 38 * single + ends + told
     found = total(stage_products(opened("flux1-dev"), 1024, 1024, 1)["denoise"])
     assert found == expected
+
+
+def test_a_model_without_t5_reads_as_many_tokens_as_its_clip_has_positions():
+    """postcard-flow: 48 beside the picture's 64 in six blocks, of which the last asks for the picture's alone."""
+    checkpoint = open_checkpoint(BOX / "postcard-flow")
+    products = stage_products(checkpoint, 128, 128, 2)
+    text, image, width, blocks = 48, 64, 192, 6
+    tokens = text + image
+    asked = (blocks - 1) * tokens + image
+    attention = [each.flops for each in products["denoise"] if each.attention]
+    assert sum(attention) == 2 * 2 * 2 * asked * tokens * width
+    config = checkpoint.configs["text_encoder"]
+    read = [each.flops for each in products["encode"] if each.attention]
+    assert sum(read) == config["num_hidden_layers"] * 2 * 2 * text**2 * config["hidden_size"]
 
 
 @pytest.mark.parametrize(

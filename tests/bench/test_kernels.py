@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
-from tintype_bench import kernels
+from tintype_bench import cases, kernels
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--runs", "2", "--limit", "1"]
@@ -68,3 +70,12 @@ def test_the_script_names_its_parts(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "choose among kernels sd15 sdxl" in done.stderr
+
+
+def test_every_case_of_the_gpu_suite_is_in_one_part_of_the_script():
+    script = (ROOT / "bench" / "gpu_check.sh").read_text(encoding="utf-8")
+    patterns = dict(re.findall(r'\) generators (\S+) "([^"]+)"', script))
+    assert len(patterns) == 6
+    for case in cases.gpu():
+        parts = [part for part, text in patterns.items() if fnmatchcase(case.name, f"*{text}*")]
+        assert len(parts) == 1, case.name

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from bench_reports import report, row, untimed
 from tintype.cli import main
 from tintype_bench.agreement import agreement_db, thumbnail
 from tintype_bench.html import page
-from tintype_bench.markdown import best_batches, case_table, tables
+from tintype_bench.markdown import best_batches, case_table, seconds, tables
 from tintype_bench.micro import benchmarks
+from tintype_bench.plots import Axes
 from tintype_bench.work import Work
 
 ROWS = [
@@ -62,16 +65,35 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network():
     assert "&lt;of&gt;" in content
 
 
+def cases_of(note, works, seconds):
+    """A report with a case for each work, timed by "a"."""
+    made = [
+        report([row("a", each)], case=f"m 8x8, {number}, {note}", work=work)
+        for number, (work, each) in enumerate(zip(works, seconds, strict=True))
+    ]
+    return made[0] | {"cases": [each["cases"][0] for each in made]}
+
+
 def test_costs_are_drawn_where_the_suite_varies_one_thing():
-    cases = []
-    for batch, seconds in ((1, 1.0), (2, 1.7), (4, 3.1)):
-        made = report(
-            [row("a", seconds)], case=f"m, batch {batch}, by batch", work=Work("", 8, 8, batch)
-        )
-        cases += made["cases"]
-    whole = made | {"cases": cases}
+    whole = cases_of("by batch", [Work("", 8, 8, batch) for batch in (1, 2, 4)], (1.0, 1.7, 3.1))
     assert "pictures at once" in page(whole)
-    assert list(best_batches(whole)) == ["m,, a: best throughput 1.29 pictures/s at batch 4."]
+    assert "cost by size" not in page(whole)
+
+
+def test_the_best_batch_is_told_for_one_setting_at_a_time():
+    batches = [Work("", 8, 8, batch) for batch in (1, 2, 4)]
+    whole = cases_of("by batch", [*batches, Work("", 8, 8, 1, steps=1)], (1.0, 1.7, 3.1, 0.1))
+    assert list(best_batches(whole)) == [
+        "m 8x8, 20 steps, guidance 5, a: best throughput 1.29 pictures/s at batch 4."
+    ]
+
+
+def test_names_of_lines_that_end_together_do_not_cover_each_other():
+    lines = {name: [(1.0, 1.0), (2.0, end)] for name, end in (("a", 2.0), ("b", 2.01), ("c", 9.0))}
+    drawn = Axes("a plot", "x", "y", str, str).draw([], lines)
+    heights = [float(re.search(rf' y="([\d.]+)"[^>]*>{name}<', drawn)[1]) for name in lines]
+    ordered = sorted(heights)
+    assert min(after - before for before, after in pairwise(ordered)) >= 14
 
 
 def test_a_table_has_ours_beside_the_best_peer_and_says_what_was_not_timed():
@@ -80,6 +102,29 @@ def test_a_table_has_ours_beside_the_best_peer_and_says_what_was_not_timed():
     assert "| 2.00x |" in fast
     assert slow.endswith("| 9 s |")
     assert "differs: its output is at 3.0 dB" in not_timed
+
+
+def test_a_bar_in_a_reason_is_a_bar_in_the_table():
+    case = report([row("a", 1.0), untimed("b", "failed", "this | that")])["cases"][0]
+    assert "failed: this \\| that" in case_table(case)
+    assert "<td>failed: this | that</td>" in page(report(case["rows"]))
+
+
+def test_joules_have_a_column_where_the_driver_counts_them():
+    told = case_table(report([row("a", 1.0, joules=123.4)])["cases"][0])
+    assert ("| energy |" in told, "| 123 J |" in told) == (True, True)
+    assert "energy" not in case_table(report([row("a", 1.0)])["cases"][0])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0009996, "1 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (12.34, "12.3 s"),
+        (999.7, "1000 s"), (12e-6, "12 us"),
+    ],
+)  # fmt: skip
+def test_seconds_have_three_digits_and_the_unit_that_suits_them(value, text):
+    assert seconds(value) == text
 
 
 def test_an_earlier_run_is_reported_again(tmp_path, capsys):

@@ -14,12 +14,13 @@ from bench_reports import CEILINGS, report, row
 from tintype.cli import main
 from tintype.errors import BundleError, RequestError
 from tintype_bench import cases
-from tintype_bench.campaign import Campaign, Unfinished
+from tintype_bench.campaign import Campaign, Clock, Progress, Unfinished
 from tintype_bench.cases import Case, ours
-from tintype_bench.measure import Plan
+from tintype_bench.measure import Plan, Task
+from tintype_bench.probe import Settling
 from tintype_bench.shapes import SHAPES
 from tintype_bench.sources import Sources
-from tintype_bench.work import PROMPT, Runner
+from tintype_bench.work import PROMPT, Runner, Work
 
 ONCE = ["--rounds", "1", "--runs", "1"]
 # A worker of somebody else's, that draws what it was given.
@@ -42,6 +43,11 @@ for line in sys.stdin:
     }
     print(json.dumps(answers.get(request["do"], {})), flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def _settled(monkeypatch):
+    monkeypatch.setattr("tintype_bench.probe.settle", lambda read: Settling([0.05], 0.0, True))
 
 
 def rows_of(made):
@@ -130,32 +136,37 @@ def test_a_component_is_the_same_call_for_everybody(sources):
 
 
 def test_a_stopped_run_goes_on_where_it_was(sources, tmp_path, monkeypatch):
-    runners = (
-        *ours("torch", "fp32"),
-        Runner("command", "bf16", command="no-such-program {output}"),
-    )
-    kept = tmp_path / "progress"
-    asked = []
-    original = Campaign._time
+    """Two rounds of one that works and, in the first, one that fails: stopped before the third group of runs."""
+    failing = Runner("command", "bf16", command="no-such-program {output}")
+    kept, begun = tmp_path / "progress", []
 
-    def time_and_stop(self, task, progress, clock):
-        original(self, task, progress, clock)
-        asked.append(len(progress.units))
-        if len(asked) == 1:
+    def stop_at_the_third(self, case, number):
+        begun.append(number)
+        if len(begun) == 3:
             raise Unfinished("stopped")
 
-    monkeypatch.setattr(Campaign, "_time", time_and_stop)
-    campaign = tiny_campaign(sources, *runners, in_turn=True)
+    monkeypatch.setattr(Clock, "check", stop_at_the_third)
+    campaign = tiny_campaign(sources, *ours("torch", "fp32"), failing, in_turn=True)
+    campaign = replace(campaign, plan=Plan(2, 1))
     with pytest.raises(Unfinished):
         campaign.run(kept, resume=True)
-    before = kept.read_text()
-    monkeypatch.setattr("tintype_bench.campaign.time_group", None)  # nothing is timed again
+    units = {unit["who"]: unit for unit in json.loads(kept.read_text())["units"]}
     made = campaign.run(kept, resume=True)
-    assert asked == [2, 2]
+    assert begun == [0, 0, 1, 1]
     assert not kept.exists()
-    units = {unit["who"]: unit for unit in json.loads(before)["units"]}
-    assert rows_of(made)["tintype torch fp32", "warm"]["rounds"] == [
-        units["tintype torch fp32"]["samples"]
+    rows = rows_of(made)
+    first, second = rows["tintype torch fp32", "warm"]["rounds"]
+    assert (first, len(second)) == (units["tintype torch fp32"]["samples"], 1)
+    assert rows["command no-such-program", "warm"]["status"] == "failed"
+    assert len(made["settlings"]) == 2
+
+
+def test_all_cases_come_before_the_next_round(sources):
+    names = [f"case {number}" for number in range(2)]
+    tasks = [Task(name, Work("", 8, 8), ours("torch", "fp32"), {}, None) for name in names]
+    pending = replace(tiny_campaign(sources), plan=Plan(2, 1))._pending(tasks, Progress(None, {}))
+    assert [(task.case, number) for task, number, _ in pending] == [
+        (name, number) for number in range(2) for name in names
     ]
 
 
@@ -209,12 +220,25 @@ def test_the_gpu_suite_has_what_the_published_figures_are_of():
 
 def test_peers_are_chosen_by_name_and_an_unknown_one_is_an_error():
     (case, *_) = cases.quick()
-    alone = cases.chosen_peers(case, ["none"], [], "cpu")
+    alone = cases.chosen_peers(case, ["none"], [])
     assert all(runner.ours for runner in alone.runners)
-    one = cases.chosen_peers(case, ["diffusers-compiled"], [], "cpu")
+    one = cases.chosen_peers(case, ["diffusers-compiled"], [])
     assert [r.label for r in one.runners if not r.ours] == ["diffusers compiled bf16"]
     with pytest.raises(RequestError, match="choose among diffusers, "):
-        cases.chosen_peers(case, ["comfy"], [], "cpu")
+        cases.chosen_peers(case, ["comfy"], [])
+
+
+def test_every_runner_is_on_the_device_that_was_asked_for(monkeypatch):
+    seen = []
+
+    def run(self, kept, resume):
+        seen.extend(r.device for case in self.cases for r in case.runners)
+        raise Unfinished("stopped")
+
+    monkeypatch.setattr(Campaign, "run", run)
+    for suite in cases.CASES:
+        assert main(["bench", "--suite", suite, "--device", "cuda", "--peer-cmd", "draw"]) == 75
+    assert set(seen) == {"cuda"}
 
 
 def test_results_have_a_folder_of_the_machine(tmp_path, monkeypatch):
@@ -233,6 +257,7 @@ def test_results_have_a_folder_of_the_machine(tmp_path, monkeypatch):
     [
         (["--rounds", "0"], "--rounds 0"),
         (["--resume"], "--json"),
+        (["--suite", "cold", "--report", "page.html"], "cold prints its table"),
         (["--suite", "quick", "--only", "sd9"], "leave no case of quick"),
     ],
 )

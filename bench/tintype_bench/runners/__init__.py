@@ -51,6 +51,12 @@ def _command(work: Work, runner: Runner) -> Running:
     return command.load(work, runner)
 
 
+def _machine(work: Work, runner: Runner) -> Running:
+    from tintype_bench.runners import machine
+
+    return machine.load(work, runner)
+
+
 KINDS: dict[str, Make] = {
     "tintype": _tintype,
     "diffusers": _diffusers,
@@ -58,6 +64,7 @@ KINDS: dict[str, Make] = {
     "onnxruntime": _graphs,
     "openvino": _graphs,
     "command": _command,
+    "machine": _machine,
 }
 PEERS = ("diffusers", "diffusers-compiled", "onnxruntime", "openvino")
 

@@ -28,7 +28,7 @@ def load(work: Work, runner: Runner) -> Running:
     pipe = _pipeline(work, _DTYPES[runner.precision]).to(runner.device)
     denoiser = _denoiser_name(pipe)
     if runner.kind == "diffusers-compiled":
-        _compile(pipe, denoiser, runner.device)
+        _compile(pipe, denoiser, runner)
     if work.component:
         return DiffusersComponent(getattr(pipe, denoiser), work, runner.device)
     return DiffusersPictures(pipe, work, denoiser, runner.device)
@@ -54,21 +54,22 @@ def _denoiser_name(pipe: Any) -> str:
     return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
 
 
-def _compile(pipe: Any, denoiser: str, device: str) -> None:
-    """diffusers' guide "Accelerate inference": channels last, fused projections, max-autotune, Inductor's flags."""
+def _compile(pipe: Any, denoiser: str, runner: Runner) -> None:
+    """diffusers' guide "Accelerate inference": channels last, fused projections, and a mode with Inductor's flags."""
     config = torch._inductor.config
-    config.conv_1x1_as_mm = True
-    config.coordinate_descent_tuning = True
-    config.coordinate_descent_check_all_directions = True
-    config.epilogue_fusion = False
-    if device == "cpu":
-        config.freezing = True  # weights packed once for oneDNN, as PyTorch's guide for CPUs says
+    # Weights are packed once for oneDNN, as PyTorch's guide for CPUs says.
+    config.freezing = runner.device == "cpu"
+    if runner.mode == "max-autotune":
+        config.conv_1x1_as_mm = True
+        config.coordinate_descent_tuning = True
+        config.coordinate_descent_check_all_directions = True
+        config.epilogue_fusion = False
     for module in (getattr(pipe, denoiser), pipe.vae):
         module.to(memory_format=torch.channels_last)
         if hasattr(module, "fuse_qkv_projections"):
             module.fuse_qkv_projections()
     for owner, name in ((getattr(pipe, denoiser), "forward"), (pipe.vae, "decode")):
-        compiled = torch.compile(getattr(owner, name), mode="max-autotune", fullgraph=True)
+        compiled = torch.compile(getattr(owner, name), mode=runner.mode, fullgraph=True)
         setattr(owner, name, compiled)
 
 

@@ -31,6 +31,8 @@ def load(work: Work, runner: Runner) -> Running:
         raise RequestError(
             f"{runner.kind} alone drives a UNet with one text encoder; {bundle.name} is another kind"
         )
+    if runner.kind == "openvino" and runner.device != "cpu":
+        raise RequestError(f"openvino alone is timed on cpu; asked was {runner.device}")
     kind = PlainComponent if work.component else PlainPictures
     return kind(bundle, work, runner)
 
