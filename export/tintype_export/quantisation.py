@@ -20,7 +20,7 @@ from tintype.models.stages import stage_component
 from .calibration import Calibration, LayerInputs, calibrate
 from .rounding import round_layer
 from .sensitivity import MOST_MEASURED, Rounder, Sensitivity, by_rule, measured
-from .writing import save_tensors
+from .writing import save_tensors, shard_paths
 
 Say = Callable[[str], None]
 
@@ -112,9 +112,8 @@ def write_quantised(
     stays high is written in float16, and scales in ``scales``, which is what the graph computes in.
     """
     chosen = quantised.sensitivity.chosen(quantised.scheme.weights)
-    count, written = len(weights.files), []
-    for number, source in enumerate(weights.files, 1):
-        part = f"-{number:05}-of-{count:05}" if count > 1 else ""
+    targets = shard_paths(path, len(weights.files))
+    for source, target in zip(weights.files, targets, strict=True):
         kept: dict[str, Tensor] = {}
         for name, tensor in parameters(weights, source):
             layer = name.removesuffix(".weight")
@@ -123,10 +122,8 @@ def write_quantised(
                 kept.update(layer_tensors(layer, codes, scales))
             else:
                 kept[name] = tensor.to(HIGH)
-        target = path.with_name(f"{path.name}{part}.safetensors")
         save_tensors(kept, target)
-        written.append(target)
-    return tuple(written)
+    return targets
 
 
 def layer_tensors(layer: str, kept: LayerCodes, scales: torch.dtype) -> dict[str, Tensor]:

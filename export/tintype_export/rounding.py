@@ -32,6 +32,7 @@ _COLUMNS = 128  # that are rounded before the rest is made good at once; every g
 _SMOOTHING = 0.5  # SmoothQuant's exponent
 _WORTH_SMOOTHING = 0.5  # of the plain form's squared error: it costs a product an input
 _LARGEST_INVERSE = 8192  # columns; above, the inverse costs more than it is worth
+_CACHED = 1 << 18  # weights whose scales are tried together, in copies that stay in a core's cache
 
 
 def round_layer(weight: Tensor, scheme: Scheme, seen: LayerInputs | None) -> LayerCodes:
@@ -92,6 +93,11 @@ def _in_groups(weight: Tensor, scheme: Scheme, seen: LayerInputs | None) -> Laye
 
 def clipped_scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
     """The scales [out, groups] of weight [out, in] whose squared error, each column by its ``importance``, is least."""
+    rows = torch.split(weight, max(1, _CACHED // weight.shape[1]))
+    return torch.cat([_least_scales(part, scheme, importance) for part in rows])
+
+
+def _least_scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
     top = largest_scales(weight, scheme)
     best, least = top, torch.full_like(top, torch.inf)
     for share in _WEIGHT_CLIPS:

@@ -18,9 +18,10 @@ from tintype.models.stages import stage_component
 
 from .graphs import StoredTensor, stored_tensors
 from .quantisation import HIGH, Quantised, write_quantised
-from .writing import copy_described, save_tensors
+from .writing import copy_described, save_shards
 
 _WEIGHT_SUFFIXES = PICKLES | {".safetensors", ".msgpack", ".h5", ".gguf"}
+_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _TERMS = ("README*", "LICENSE*", "NOTICE*")
 
 Files = dict[str, dict[str, Any]]
@@ -77,7 +78,7 @@ def store_weights(
     checkpoint: Checkpoint, root: Path, kept: Precision, quantised: Quantised | None = None
 ) -> Store:
     """Write the checkpoint's weights, tokenizers and terms into ``root``."""
-    if kept.stored is None:
+    if kept.stored is None and checkpoint.source.is_dir():
         return _copied(checkpoint, root)
     texts = [*checkpoint.tokenizer_folders, *_terms(checkpoint.source)]
     files = {name: copy_described(path, root / name) for name, path in _flattened(texts)}
@@ -89,9 +90,12 @@ def store_weights(
                 part.weights, root / f"weights/{name}", quantised, kept.computed
             )
         else:
-            module = made_safe(checkpoint.component(name, kept.stored), part.config, kept.computed)
-            written = (root / f"weights/{name}.safetensors",)
-            save_tensors(module.state_dict(), *written)
+            # In its stored type it stays in its files, whatever its size.
+            dtype = stored_type(part.weights)
+            module = made_safe(checkpoint.component(name, dtype), part.config, kept.computed)
+            written = save_shards(
+                module.state_dict(), root / f"weights/{name}", kept.stored or dtype
+            )
         files |= {path.relative_to(root).as_posix(): describe(path) for path in written}
         tensors[name] = stored_tensors(root, Weights(written))
     return Store(files, tensors)
@@ -99,8 +103,23 @@ def store_weights(
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """At most how many bytes `store_weights` writes."""
+    if not checkpoint.source.is_dir():
+        return sum(weight_bytes(part.weights) for part in checkpoint.components.values())
     names = wanted_files(checkpoint)
     return sum((checkpoint.source / name).stat().st_size for name in names)
+
+
+def weight_bytes(weights: Weights) -> int:
+    """How many bytes of a component's files are its own."""
+    places = (entry["data_offsets"] for entry in weights.entries())
+    return sum(int(end) - int(begin) for begin, end in places)
+
+
+def stored_type(weights: Weights) -> torch.dtype:
+    """What holds everything that a component's files do: their 16-bit type where they have one, else float32."""
+    types = {entry["dtype"] for entry in weights.entries()}
+    narrow = [dtype for name, dtype in _HALVES.items() if name in types]
+    return narrow[0] if len(narrow) == 1 and "F32" not in types else torch.float32
 
 
 def wanted_files(checkpoint: Checkpoint) -> list[str]:

@@ -16,9 +16,11 @@ from tintype.bundle import is_bundle
 from tintype.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _CHUNK = 1 << 20
+_SHARD = 2 << 30
 
 
 @contextmanager
@@ -104,6 +106,35 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, metadata={"format": "pt"})
     path.chmod(0o644)
+
+
+def save_shards(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> tuple[Path, ...]:
+    """Write tensors in ``dtype`` as `shard_paths` of ``path``, so that no more than a shard of them is in memory."""
+    shards = list(_shards(tensors, dtype.itemsize))
+    paths = shard_paths(path, len(shards))
+    for names, target in zip(shards, paths, strict=True):
+        save_tensors({name: tensors[name].to(dtype) for name in names}, target)
+    return paths
+
+
+def _shards(tensors: Mapping[str, Tensor], itemsize: int) -> Iterator[list[str]]:
+    """The names in their order, in runs of at most `_SHARD` bytes where one tensor is not more."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        own = itemsize * tensor.numel()
+        if names and size + own > _SHARD:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names
+
+
+def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
+    """``path`` with .safetensors added, or so many files that are numbered where there are several."""
+    parts = [f"-{number:05}-of-{count:05}" for number in range(1, count + 1)] if count > 1 else [""]
+    return tuple(path.with_name(f"{path.name}{part}.safetensors") for part in parts)
 
 
 def _take_place(work: Path, target: Path) -> None:

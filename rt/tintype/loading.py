@@ -40,6 +40,7 @@ def load(  # noqa: PLR0913 - they are what users type
     without: Collection[str] = (),
     offload: str | None = None,
     vae_tiling: bool = False,
+    attention_slicing: bool = False,
     execution: str = "eager",
 ) -> Pipeline:
     """Load a model and return its pipeline.
@@ -52,7 +53,9 @@ def load(  # noqa: PLR0913 - they are what users type
     `lora` is a file of low-rank updates of a checkpoint, or several, each as FILE or FILE:SCALE.
     `without` names text encoders to leave out, such as "text_encoder_3", the T5 of SD3 and most of its memory.
     `offload` "model" keeps one component on the device at a time, "sequential" one block and the next; `vae_tiling`
-    decodes in overlapping tiles. Both are for checkpoints; `tintype inspect MODEL --memory` tells what each saves.
+    encodes and decodes in overlapping tiles; `attention_slicing` bounds the scores that attention holds where the
+    device has no fused kernel for it, and changes nothing elsewhere. All three are for checkpoints; `tintype inspect
+    MODEL --memory` tells what each saves.
     `execution` of a checkpoint is "eager", "compiled" by torch, or a CUDA "graph"; compiled ones are graphs there, too.
     """
     path = resolve(source)
@@ -64,6 +67,7 @@ def load(  # noqa: PLR0913 - they are what users type
             lora=lora,
             offload=offload,
             vae_tiling=vae_tiling,
+            attention_slicing=attention_slicing,
             execution=execution if execution != "eager" else "",
         )
         if asked:
@@ -75,6 +79,7 @@ def load(  # noqa: PLR0913 - they are what users type
     checkpoint = open_source(path, allow_pickle=allow_pickle)
     checkpoint = checkpoint.without(without) if without else checkpoint
     options |= {"offload": offload, "vae_tiling": vae_tiling, "execution": execution}
+    options |= {"attention_slicing": attention_slicing}
     return checkpoint_pipeline(with_loras(checkpoint, lora), backend, **options)
 
 

@@ -8,26 +8,36 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tintype.backends.offloading import OFFLOADS
 from tintype.backends.torch import TorchBackend, made_safe
 from tintype.checkpoints import Checkpoint
 from tintype.loading import torch_pipeline
 
-# offload, vae_tiling
-SETTINGS: tuple[tuple[str | None, bool], ...] = tuple(
-    (offload, tiling) for offload in (None, "model", "sequential") for tiling in (False, True)
+# By a kernel that holds no scores; by none, whole; by none, in slices.
+Attention = Literal["fused", "whole", "sliced"]
+_aten = torch.ops.aten
+_ATTENTION = (
+    _aten.scaled_dot_product_attention.default,
+    _aten._scaled_dot_product_attention_math.default,
 )
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that were made within and still live; `peak` is the most there ever were."""
+    """Counts the bytes of the tensors that were made within and still live; `peak` is the most there ever were.
+
+    Attention counts as what PyTorch makes of it.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -37,6 +47,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _ATTENTION:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         given = {
             id(each.untyped_storage()) for each in _tensors((args, kwargs)) if _has_storage(each)
         }
@@ -44,6 +57,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(result):
             if _has_storage(tensor) and id(tensor.untyped_storage()) not in given:
                 self._add(tensor.untyped_storage())
+        if func is _aten._safe_softmax.default:  # notes in a byte a score which are -inf
+            self.peak = max(self.peak, self.now + result.numel())
         return result
 
     def _add(self, storage: Any) -> None:
@@ -74,7 +89,7 @@ class _Hollow(TorchBackend):
         self, stage: str, profile: str, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         module = self.module(stage)
-        with torch.inference_mode(), self._mode, self._live:
+        with torch.inference_mode(), self._mode, self._live, self._attention():
             faces = [inputs[name] for name in module.inputs]
             told = [torch.empty(face.shape, dtype=face.dtype) for face in faces]
             self._live.peak = 0  # what the stage before left goes before anything comes
@@ -96,6 +111,15 @@ class _Hollow(TorchBackend):
         return self._components[name, dtype]
 
 
+def settings(*, fused_attention: bool = True) -> list[dict[str, Any]]:
+    """What `predict` can be asked, for a device that has a fused kernel for attention or for one that has none."""
+    attentions = ("fused",) if fused_attention else ("whole", "sliced")
+    return [
+        {"offload": offload, "vae_tiling": tiling, "attention": attention}
+        for attention, offload, tiling in product(attentions, (None, *OFFLOADS), (False, True))
+    ]
+
+
 def predict(
     checkpoint: Checkpoint,
     *,
@@ -104,15 +128,19 @@ def predict(
     dtype: str = "auto",
     offload: str | None = None,
     vae_tiling: bool = False,
+    attention: Attention = "fused",
 ) -> dict[str, int]:
     """Bytes at the fullest moment of each stage of one picture, and of all of them as "peak".
 
-    The size is the model's own by default. A guided step's pair runs as one batch.
+    The size is the model's own by default. A guided step's pair runs as one batch. `attention` "whole" is a device's
+    without a fused kernel, "sliced" the same one's with `attention_slicing`.
     """
     options = {"dtype": dtype, "offload": offload, "vae_tiling": vae_tiling}
+    options |= {"attention_slicing": attention == "sliced"}
     backend = _Hollow(checkpoint, FakeTensorMode(), device="cpu", batch_invariant=False, **options)
     pipeline = torch_pipeline(checkpoint, backend, "it runs on shapes")
-    pipeline("", width=width, height=height, num_inference_steps=1, seed=0, output_type="np")
+    with nullcontext() if attention == "fused" else sdpa_kernel(SDPBackend.MATH):
+        pipeline("", width=width, height=height, num_inference_steps=1, seed=0, output_type="np")
     # Without offloading every component that a picture needs stays on the device.
     resident = 0 if offload else sum(_bytes(module) for module in backend._components.values())
     stages = {stage: resident + peak for stage, peak in backend.peaks.items()}

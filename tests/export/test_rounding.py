@@ -12,6 +12,7 @@ from torch import nn
 from small_checkpoints import save_smallest
 from tintype.checkpoints import open_checkpoint
 from tintype.models.quantised import Scheme, fake_quantise, nearest, quantisable
+from tintype_export import rounding
 from tintype_export.calibration import Calibration, LayerInputs, _sample, calibrate, input_windows
 from tintype_export.rounding import clipped_scales, compensated, input_scale, round_layer
 from tolerances import KERNEL_FORMULA
@@ -98,6 +99,15 @@ def test_clipped_scales_are_the_best_of_those_tried():
     assert (clipped <= largest.weight_scale).all()
     kept = round_layer(weight, INT4, None)
     assert (kept.weight() - weight).norm() < (largest.weight() - weight).norm()
+
+
+def test_clipped_scales_are_those_of_each_row_by_itself(monkeypatch):
+    weight, importance = torch.randn(7, 64), torch.rand(64)
+    together = clipped_scales(weight, INT4, importance)
+    monkeypatch.setattr(rounding, "_CACHED", 2 * 64)
+    assert torch.equal(clipped_scales(weight, INT4, importance), together)
+    monkeypatch.setattr(rounding, "_CACHED", 1)
+    assert torch.equal(clipped_scales(weight, INT4, importance), together)
 
 
 def test_an_input_scale_cuts_off_what_is_rare():

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from remembered_traces import save_traces
 from small_checkpoints import save_smallest
@@ -19,6 +21,7 @@ from tintype.errors import BundleError, RequestError
 from tintype_export import bundle as exporting
 from tintype_export import storage, writing
 from tintype_export.bundle import ExportConfig, export_bundle
+from tintype_export.storage import precision, store_weights
 from tintype_export.writing import copy_described, require_room, sweep, written_whole
 
 KILLS = int(os.environ.get("TINTYPE_KILLS", "4"))  # 30 is what docs/measurements.md reports
@@ -148,3 +151,24 @@ def test_weights_that_are_there_twice_are_copied_once(tmp_path):
     ]
     assert {"model_index.json", "tokenizer/tokenizer_config.json"} <= set(names)
     assert "whole.ckpt" not in names
+
+
+def test_a_component_is_stored_in_shards_that_hold_all_of_it(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(save_smallest(tmp_path / "source"))
+    whole = store_weights(checkpoint, tmp_path / "whole", precision("fp16"))
+    most = 20_000
+    monkeypatch.setattr(writing, "_SHARD", most)
+    sharded = store_weights(checkpoint, tmp_path / "sharded", precision("fp16"))
+    assert not any("-of-" in name for name in whole.files)
+    for component, tensors in whole.tensors.items():
+        (expected,) = (tmp_path / "whole/weights").glob(f"{component}.safetensors")
+        shards = sorted((tmp_path / "sharded/weights").glob(f"{component}-*"))
+        loaded = [load_file(path) for path in shards]
+        assert len(loaded) > 1
+        assert all(
+            len(each) == 1 or sum(t.nbytes for t in each.values()) <= most for each in loaded
+        )
+        together = {name: tensor for each in loaded for name, tensor in each.items()}
+        one = load_file(expected)
+        assert together.keys() == one.keys() == tensors.keys() == sharded.tensors[component].keys()
+        assert all(torch.equal(together[name], one[name]) for name in one)

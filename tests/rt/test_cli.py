@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import small_flow_checkpoints
 import tintype
 from tintype import cli
 from tintype.cli import main
@@ -71,6 +72,29 @@ def test_an_edit_begins_with_a_picture(tiny_bundle, tiny_pipeline, tmp_path, cap
     assert capsys.readouterr().err == "step 2/2\n"
 
 
+def test_a_checkpoint_is_placed_as_load_would_place_it(tmp_path, monkeypatch):
+    folder = small_flow_checkpoints.save("sd35", tmp_path / "model")
+    placement = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "without": ["text_encoder_3"],
+        "offload": "sequential",
+        "vae_tiling": True,
+        "attention_slicing": True,
+    }
+    request = {"width": 64, "height": 32, "num_inference_steps": 2, "seed": 1}
+    (expected,) = tintype.load(folder, **placement)(PROMPT, **request).images
+    told, load = [], tintype.load
+    monkeypatch.setattr(tintype, "load", lambda *a, **b: (told.append(b), load(*a, **b))[1])
+    target = tmp_path / "out.png"
+    flags = "--device cpu --dtype bfloat16 --without text_encoder_3 --offload sequential"
+    flags += " --vae-tiling --attention-slicing --size 64x32 --steps 2 --seed 1"
+    assert generate(folder, "-o", str(target), *flags.split()) == 0
+    assert told == [{"backend": "auto", "lora": [], **placement}]
+    with Image.open(target) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
 def test_a_file_that_is_no_picture_is_named(tiny_bundle, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not a picture")
     for name in ("notes.txt", "absent.png"):
@@ -126,6 +150,12 @@ def test_json_is_one_object_and_nothing_else(tiny_bundle, tmp_path, capsys):
         (["--seed", "-4"], "seed=-4"),
         (["--count", "0"], "num_images_per_prompt=0"),
         (["--backend", "warp"], "backend='warp'"),
+        (["--device", "warp"], "device='warp'"),
+        (["--dtype", "float16"], "exported in fp32"),
+        (["--without", "text_encoder_3"], "without=['text_encoder_3'] is for checkpoints"),
+        (["--offload", "model"], "offload='model' is for checkpoints"),
+        (["--vae-tiling"], "vae_tiling=True is for checkpoints"),
+        (["--attention-slicing"], "attention_slicing=True is for checkpoints"),
         (["-o", "no/such/folder/a.png"], "no such folder"),
     ],
 )
@@ -139,6 +169,27 @@ def test_bad_usage_is_status_2_and_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--offload", "disk"], 2, "offload='disk' is unknown; choose None, model, sequential"),
+        (["--dtype", "float8"], 2, "dtype='float8' is unknown; choose auto, float32"),
+        (["--device", "warp"], 2, "device='warp' is unknown; choose auto, cpu, cuda"),
+        (["--without", "vae"], 1, "without vae; a latent_unet runs without nothing"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_placed_so_is_told_in_one_line(
+    saved, capsys, arguments, status, message
+):
+    folder = saved("sd1")
+    capsys.readouterr()  # what saving it printed
+    assert generate(folder, *arguments) == status
+    error = capsys.readouterr().err
+    assert error.startswith("tintype: ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--size", "64"], ["--steps", "many"], ["--nonsense"]])

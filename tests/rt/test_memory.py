@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import small_flow_checkpoints as small
 import tintype
 from tintype import memory
+from tintype.backends import slicing
 from tintype.backends.offloading import OFFLOADS
 from tintype.checkpoints import open_checkpoint
 from tintype.cli import main
 from tintype.commands import inspect
 from tintype.errors import RequestError
+from tintype.models.stages import STEPS
 from tolerances import MODULE_FP32, relative_error
 
 SIZE = {"width": 128, "height": 96}
@@ -72,6 +76,22 @@ def test_tiles_bound_what_decoding_takes(tmp_path: Path) -> None:
     assert peaks[True] == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("attention", ["fused", "whole", "sliced"])
+def test_scores_are_predicted_with_a_kernel_that_spares_them_and_without(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: memory.Attention
+) -> None:
+    monkeypatch.setattr(slicing, "SCORES", 1 << 14)
+    setting = {"offload": "sequential"}
+    predicted = memory.predict(open_checkpoint(folder), **SIZE, **setting, attention=attention)
+    setting |= {"device": "cpu", "attention_slicing": attention == "sliced"}
+    pipeline = tintype.load(folder, batch_invariant=False, **setting)
+    with nullcontext() if attention == "fused" else sdpa_kernel(SDPBackend.MATH):
+        # Decoding a picture of this size takes more than any attention, and its text is remembered.
+        measured = allocated(pipeline, tmp_path / "trace.json", output_type="latent")
+    (step,) = (predicted[stage] for stage in STEPS if stage in predicted)
+    assert step == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_offloading_changes_no_picture(folder: Path, offload: str) -> None:
     expected = tintype.load(folder)("red", **REQUEST).images
@@ -104,11 +124,25 @@ def test_inspect_prints_every_setting(tmp_path: Path, capsys: pytest.CaptureFixt
     source = small.save("flux-dev", tmp_path / "model")
     assert main(["inspect", str(source), "--memory", "--size", "128x96", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["memory"]
-    assert [(row["offload"], row["vae_tiling"]) for row in rows] == list(memory.SETTINGS)
+    assert [{name: row[name] for name in inspect._SETTING} for row in rows] == memory.settings()
     peaks = {row["offload"]: row["peak"] for row in rows if not row["vae_tiling"]}
     assert peaks["sequential"] <= peaks["model"] < peaks[None]
     (line,) = inspect._memory_lines(rows[-1] | {"peak": 1.2e9})
-    assert line.startswith("memory offload=sequential vae_tiling=True: 1.20 GB (encode 0.00, ")
+    told = "memory offload=sequential vae_tiling=True attention=fused: 1.20 GB (encode 0.00, "
+    assert line.startswith(told)
+
+
+def test_inspect_tells_what_slices_save_where_there_is_no_fused_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slicing, "SCORES", 1 << 16)
+    source = small.save("flux-dev", tmp_path / "model")
+    arguments = ["--memory", "--unfused", "--size", "128x96", "--json"]
+    assert main(["inspect", str(source), *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)["memory"]
+    assert [row["attention"] for row in rows] == ["whole"] * 6 + ["sliced"] * 6
+    steps = {row["attention"]: row["step"] for row in rows if row["offload"] == "sequential"}
+    assert steps["sliced"] < 0.5 * steps["whole"]
 
 
 def test_unknown_and_impossible_settings_are_named(folder: Path) -> None:

@@ -18,8 +18,8 @@ _WARM_UPS = (
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def check_execution(execution: str, device: torch.device, *, offloaded: bool) -> str:
-    """The execution, or a RequestError where this device or moving weights do not go with it."""
+def check_execution(execution: str, device: torch.device, *, offloaded: bool, sliced: bool) -> str:
+    """The execution, or a RequestError where this device, moving weights or attention in slices do not go with it."""
     if execution not in EXECUTIONS:
         raise RequestError(
             f"execution={execution!r} is unknown; choose one of {', '.join(EXECUTIONS)}"
@@ -31,6 +31,10 @@ def check_execution(execution: str, device: torch.device, *, offloaded: bool) ->
     if execution != "eager" and offloaded:
         raise RequestError(
             f"execution={execution!r} needs weights that stay where they are; leave out offload"
+        )
+    if execution == "compiled" and sliced:
+        raise RequestError(
+            "execution='compiled' would be cut at every attention; use 'eager', or leave out attention_slicing"
         )
     return execution
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tintype.backends import Arrays, offloading
 from tintype.backends.execution import Call, check_execution, prepared
+from tintype.backends.slicing import AttentionSlices
 from tintype.checkpoints import Checkpoint
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
@@ -53,8 +55,9 @@ class TorchBackend:
 
     With `batch_invariant` (None: on CPU) every row runs by itself, so that a picture's bytes do not depend on
     what else is in its batch. `offload` is where weights wait that are not in use (see `backends.offloading`);
-    with `vae_tiling` pictures are encoded and decoded in overlapping tiles. `execution` is eager, compiled or graph
-    (see `backends.execution`).
+    with `vae_tiling` pictures are encoded and decoded in overlapping tiles, with `attention_slicing` attention without
+    a fused kernel runs in slices (see `backends.slicing`). `execution` is eager, compiled or graph (see
+    `backends.execution`).
     """
 
     name = "torch"
@@ -68,13 +71,17 @@ class TorchBackend:
         batch_invariant: bool | None = None,
         offload: str | None = None,
         vae_tiling: bool = False,
+        attention_slicing: bool = False,
         execution: str = "eager",
     ) -> None:
         self.checkpoint = checkpoint
         self.device = _device(device)
         self._offload = offloading.offload(offload, self.device)
         self._tiled = vae_tiling
-        self._execution = check_execution(execution, self.device, offloaded=offload is not None)
+        self._attention = AttentionSlices if attention_slicing else nullcontext
+        self._execution = check_execution(
+            execution, self.device, offloaded=offload is not None, sliced=attention_slicing
+        )
         self._codes = dtype if dtype in _CODES else None
         self.dtype = _dtype(dtype, self.device)
         self.batch_invariant = (
@@ -181,7 +188,7 @@ class TorchBackend:
         )
 
     def _call(self, stage: str, dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        with torch.inference_mode():
+        with torch.inference_mode(), self._attention():
             outputs = self._prepared(stage, dtype)(*inputs)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +75,16 @@ class Weights:
     files: tuple[Path, ...]
     translate: Translate = same_name
     allow_pickle: bool = False
+
+    def entries(self) -> Iterator[Mapping[str, Any]]:
+        """What the headers of safetensors files say of the tensors that are this component's: dtype, shape, place."""
+        for path in self.files:
+            header, _ = read_header(path)
+            yield from (
+                entry
+                for key, entry in header.items()
+                if key != "__metadata__" and not is_scale(key) and self.translate(key)
+            )
 
 
 def scale_of(key: str) -> str:

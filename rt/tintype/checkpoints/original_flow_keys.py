@@ -79,7 +79,7 @@ def sd3_key(key: str, *, layers: int) -> tuple[Target, ...]:
     module, _, leaf = key.rpartition(".")
     if not key.startswith("joint_blocks."):
         return _top(module, leaf, _SD3_TOP)
-    _, number, inner = module.split(".", 2)
+    number, inner = _within(module)
     block = f"transformer_blocks.{number}"
     if inner in _SD3_FUSED:
         return _fused(f"{block}.{_SD3_FUSED[inner]}", leaf)
@@ -93,8 +93,8 @@ def flux_key(key: str) -> tuple[Target, ...]:
     leaf = "weight" if leaf == "scale" else leaf  # what an RMS norm multiplies by
     if not key.startswith(("double_blocks.", "single_blocks.")):
         return _top(module, leaf, _FLUX_TOP)
-    kind, number, inner = module.split(".", 2)
-    if kind == "double_blocks":
+    number, inner = _within(module)
+    if key.startswith("double_blocks."):
         block = f"transformer_blocks.{number}"
         if inner in _FLUX_FUSED:
             return _fused(f"{block}.{_FLUX_FUSED[inner]}", leaf)
@@ -105,6 +105,13 @@ def flux_key(key: str) -> tuple[Target, ...]:
         attention = _fused(f"{block}.attn.to_{{}}", leaf, parts=7)
         return (*attention, Target(f"{block}.proj_mlp.{leaf}", part=3, parts=7, span=4))
     return (Target(f"{block}.{_FLUX_SINGLE.get(inner, inner)}.{leaf}"),)
+
+
+def _within(module: str) -> tuple[str, str]:
+    """The number of a block, and a module's name in it."""
+    _, _, path = module.partition(".")
+    number, _, inner = path.partition(".")
+    return number, inner
 
 
 def _top(module: str, leaf: str, names: dict[str, str]) -> tuple[Target, ...]:

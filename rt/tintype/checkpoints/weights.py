@@ -72,7 +72,7 @@ def parameters(weights: Weights, path: Path) -> Iterator[tuple[str, Tensor]]:
                 continue
             for target in weights.translate(key):
                 stored = _stored(file, key)
-                yield target.name, _cut(stored, target, stored.dtype, "cpu")
+                yield target.name, cut(stored, target, stored.dtype, "cpu")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -107,11 +107,11 @@ def _read(
     """The pieces that lie in one file, each cast and moved before the next is touched."""
     if path.suffix in PICKLES:
         stored = read_pickle(path)
-        return {p.target.name: _cut(stored[p.key], p.target, dtype, device) for p in pieces}
+        return {p.target.name: cut(stored[p.key], p.target, dtype, device) for p in pieces}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {
-                p.target.name: _cut(_stored(file, p.key), p.target, dtype, device) for p in pieces
+                p.target.name: cut(_stored(file, p.key), p.target, dtype, device) for p in pieces
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
@@ -127,7 +127,8 @@ def _stored(file: Any, key: str) -> Tensor:
     return stored.float() * factor
 
 
-def _cut(stored: Tensor, target: Target, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def cut(stored: Tensor, target: Target, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The piece of a stored tensor that is one of our parameters; CheckpointError where it holds no floating point."""
     if not stored.is_floating_point():
         raise CheckpointError(
             f"{target.name} is stored as {stored.dtype}; expected floating-point weights"

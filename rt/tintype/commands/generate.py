@@ -47,6 +47,7 @@ def register(subparsers: Any) -> None:
         metavar="FILE[:SCALE]",
         help="low-rank updates of a checkpoint's weights",
     )
+    _add_placement(parser)
     parser.add_argument("--init", type=Path, metavar="IMAGE", help="a picture to begin from")
     parser.add_argument(
         "--mask", type=Path, metavar="IMAGE", help="where to paint it anew: white on black"
@@ -56,13 +57,48 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    """Where a model is and in what; but for the first two these are for checkpoints, on small machines."""
+    parser.add_argument("--device", default="auto", help="as the backend names it, such as cuda:1")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="of the weights: float16, ...; on torch int8, int4, fp8, too",
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="ENCODER",
+        help="text encoders to leave out, such as text_encoder_3",
+    )
+    parser.add_argument(
+        "--offload", help="what waits on the host while it is not used: model, sequential"
+    )
+    parser.add_argument(
+        "--vae-tiling", action="store_true", help="encode and decode in overlapping tiles"
+    )
+    parser.add_argument(
+        "--attention-slicing",
+        action="store_true",
+        help="attention in slices where the device has no fused kernel for it",
+    )
+
+
+def _placement(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("device", "dtype", "without", "offload", "vae_tiling", "attention_slicing")
+    return {name: getattr(options, name) for name in names}
+
+
 def run(options: argparse.Namespace) -> None:
     """Make the pictures and write them; the place to write to is tried before the work starts."""
     require_writable(options.output)
     import tintype
 
     begin = time.perf_counter()
-    pipeline = tintype.load(options.model, backend=options.backend, lora=options.lora)
+    pipeline = tintype.load(
+        options.model, backend=options.backend, lora=options.lora, **_placement(options)
+    )
     loaded = time.perf_counter() - begin
     width, height = options.size or (None, None)
     asked = {

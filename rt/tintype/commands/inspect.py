@@ -10,6 +10,8 @@ from typing import Any
 from tintype.commands.output import picture_size
 from tintype.errors import BackendUnavailable, RequestError
 
+_SETTING = ("offload", "vae_tiling", "attention")  # of a row about memory, before its stages
+
 
 def register(subparsers: Any) -> None:
     """Add the command."""
@@ -26,6 +28,11 @@ def register(subparsers: Any) -> None:
         "--size", type=picture_size, metavar="WxH", help="of that picture; the model's own"
     )
     parser.add_argument("--dtype", default="auto", help="of that picture's weights")
+    parser.add_argument(
+        "--unfused",
+        action="store_true",
+        help="as on a device without a fused kernel for attention, whole and in slices",
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -34,7 +41,9 @@ def run(options: argparse.Namespace) -> None:
     """Print the report."""
     report = inspect(options.model)
     if options.memory:
-        report["memory"] = memory(options.model, options.size, options.dtype)
+        report["memory"] = memory(
+            options.model, options.size, options.dtype, fused_attention=not options.unfused
+        )
     print(json.dumps(report) if options.json else "\n".join(_lines(report)))
 
 
@@ -58,27 +67,29 @@ def inspect(model: str) -> dict[str, Any]:
 
 
 def memory(
-    model: str, size: tuple[int, int] | None = None, dtype: str = "auto"
+    model: str,
+    size: tuple[int, int] | None = None,
+    dtype: str = "auto",
+    *,
+    fused_attention: bool = True,
 ) -> list[dict[str, Any]]:
-    """Bytes at the fullest moment of every stage, one row a setting of `offload` and `vae_tiling`."""
+    """Bytes at the fullest moment of every stage, one row a setting of `load`."""
     from tintype.loading import is_checkpoint, open_source, resolve
 
     path = resolve(model)
     if path.is_dir() and not is_checkpoint(path):
         raise RequestError(f"--memory is for checkpoints, which run on torch; {path} is a bundle")
     try:
-        from tintype.memory import SETTINGS, predict
+        from tintype.memory import predict, settings
     except ImportError as error:
         raise BackendUnavailable(
             f'--memory needs {error.name}, which is absent; install it with: pip install "tintype[torch]"'
         ) from error
     checkpoint, (width, height) = open_source(path), size or (None, None)
-    rows = []
-    for offload, tiling in SETTINGS:
-        setting: dict[str, Any] = {"offload": offload, "vae_tiling": tiling}
-        found = predict(checkpoint, width=width, height=height, dtype=dtype, **setting)
-        rows.append({**setting, **found})
-    return rows
+    return [
+        setting | predict(checkpoint, width=width, height=height, dtype=dtype, **setting)
+        for setting in settings(fused_attention=fused_attention)
+    ]
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -139,11 +150,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
 
 def _memory_lines(row: dict[str, Any]) -> list[str]:
     stages = ", ".join(
-        f"{name} {size / 1e9:.2f}"
-        for name, size in row.items()
-        if name not in ("offload", "vae_tiling", "peak")
+        f"{name} {size / 1e9:.2f}" for name, size in row.items() if name not in (*_SETTING, "peak")
     )
-    setting = f"offload={row['offload']} vae_tiling={row['vae_tiling']}"
+    setting = " ".join(f"{name}={row[name]}" for name in _SETTING)
     return [f"memory {setting}: {row['peak'] / 1e9:.2f} GB ({stages})"]
 
 

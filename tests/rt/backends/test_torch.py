@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -257,3 +258,21 @@ def test_the_denoisers_linear_layers_are_kept_in_codes_where_asked(
     assert {layer.scheme.weights for layer in layers} == {dtype}
     decoder = backend.module("decode").modules()
     assert not any(isinstance(module, QuantisedLinear) for module in decoder)
+
+
+@torch.no_grad()
+def test_large_pictures_are_encoded_in_diffusers_tiles(saved: Saved) -> None:
+    image = np.random.default_rng(2).random((1, 528, 640, 3), np.float32)
+    # In float64: over a tile's 512x512 pixels PyTorch's own group norm is 3e-5 off in float32.
+    theirs = diffusers.AutoencoderKL.from_pretrained(saved("sd1") / "vae").double()
+    theirs.enable_tiling()
+    # What a published autoencoder of 512 pixels has.
+    theirs.tile_sample_min_size, theirs.tile_latent_min_size = 512, 64
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).double() * 2 - 1
+    expected = theirs.encode(pixels).latent_dist.mean * theirs.config.scaling_factor
+    errors = {}
+    for tiled in (False, True):
+        ours = TorchBackend(open_checkpoint(saved("sd1")), device="cpu", vae_tiling=tiled)
+        actual = ours.run("encode_image", "", {"image": image})["latents"]
+        errors[tiled] = relative_error(actual, expected)
+    assert errors[True] <= MODULE_FP32 < errors[False]

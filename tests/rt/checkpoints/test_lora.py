@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import original_flow_layout
 import small_checkpoints
+import small_flow_checkpoints
 import tintype
+from original_flow_layout import Flow
 from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.lora import Lora, dotted
 from tintype.checkpoints.original_keys import unet_key
@@ -121,6 +124,56 @@ def test_a_loaded_pipeline_and_its_sign(adapted):
     assert not np.array_equal(plain, styled)
     undone = tintype.load(folder, lora=[f"{path}:0.5", f"{path}:-0.5"])("red", **request).images
     assert relative_error(undone, plain) < 1e-4
+
+
+# All but the single blocks' first, which diffusers cuts at FLUX's own width, and what is in no block, which it drops.
+FLUX = [
+    *(f"double_blocks.0.{name}" for name in ("img_attn.qkv", "txt_attn.qkv", "img_attn.proj")),
+    *(f"double_blocks.0.{name}" for name in ("txt_attn.proj", "img_mlp.0", "txt_mlp.2")),
+    *("double_blocks.0.img_mod.lin", "single_blocks.0.linear2", "single_blocks.0.modulation.lin"),
+]
+
+
+def test_kohyas_updates_of_flux_equal_diffusers(tmp_path):
+    folder = small_flow_checkpoints.save("flux-dev", tmp_path / "model")
+    spec = Flow(2, 16, blocks=1, text=48, pooled=16, single=1, guidance=True)
+    shapes = dict(original_flow_layout.flux(spec))
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for layer in FLUX:
+        outputs, inputs = shapes[f"{layer}.weight"]
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{flat}.lora_down.weight"] = torch.randn(RANK, inputs, generator=generator)
+        tensors[f"{flat}.lora_up.weight"] = torch.randn(outputs, RANK, generator=generator)
+        tensors[f"{flat}.alpha"] = torch.tensor(ALPHA)
+    path = tmp_path / "style.safetensors"
+    save_file(tensors, path)
+    theirs = small_flow_checkpoints.PIPELINES["flux-dev"].from_pretrained(folder)
+    theirs.load_lora_weights(tensors)
+    theirs.fuse_lora(lora_scale=SCALE, components=["transformer"])
+    theirs.unload_lora_weights()
+    expected = theirs.transformer.state_dict()
+    checkpoint = open_checkpoint(folder)
+    plain = checkpoint.component("transformer").state_dict()
+    ours = checkpoint.with_loras([Lora(path, SCALE)]).component("transformer").state_dict()
+    assert sum(not torch.equal(ours[name], plain[name]) for name in ours) == len(FLUX) + 2 * 2
+    wrong = [name for name in ours if relative_error(ours[name], expected[name]) > MODULE_FP32]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_double_blocks_0.lora_down.weight",
+        "diffusion_model.double_blocks.0.img_attn.nowhere.lora_A.weight",
+        "transformer.single_blocks.0.linear1.lora_A.weight",
+    ],
+)
+def test_layers_that_flux_has_not_are_named(tmp_path, key):
+    folder = small_flow_checkpoints.save("flux-dev", tmp_path / "model")
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2)}, path)
+    with pytest.raises(CheckpointError, match=f"no layer here for {key}"):
+        open_checkpoint(folder).with_loras([Lora(path)])
 
 
 @pytest.mark.parametrize(

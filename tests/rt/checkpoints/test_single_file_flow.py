@@ -19,6 +19,7 @@ import small_checkpoints
 import small_flow_checkpoints as small
 import tintype
 from tintype.checkpoints import open_checkpoint
+from tintype.checkpoints.lora import Lora
 from tintype.checkpoints.original_config import flux_config, sd3_config
 from tintype.checkpoints.original_flow_keys import flux_key, sd3_key
 from tintype.errors import CheckpointError
@@ -27,6 +28,7 @@ from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype_bench import published_configs
 from tolerances import MODULE_FP32, relative_error
 
+RANK, ALPHA = 3, 2.0
 State = dict[str, torch.Tensor]
 Write = Callable[..., Path]
 REQUEST = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
@@ -100,6 +102,61 @@ def test_every_tensor_equals_diffusers_conversion(write: Write, kind: str) -> No
         assert set(expected) - set(ours) <= unused
         assert set(ours) <= set(expected)
         assert [key for key in ours if not torch.equal(ours[key], expected[key])] == []
+
+
+def updated(kind: str, tensors: State) -> tuple[State, State]:
+    """Updates by the original layers' names, half as strong as alpha / rank is, and the tensors with these added."""
+    generator = torch.Generator().manual_seed(2)
+    after, updates = dict(tensors), {}
+    for name in dict(layout.transformer(kind, layout.SMALL[kind])):
+        key = f"model.diffusion_model.{name}"
+        outputs, *inputs = tensors[key].shape
+        if not name.endswith(".weight") or not inputs:
+            continue
+        layer = name.removesuffix(".weight")
+        down = 0.1 * torch.randn((RANK, *inputs), generator=generator)
+        up = torch.randn((outputs, RANK, *(1 for _ in inputs[1:])), generator=generator)
+        updates |= {f"{layer}.down": down, f"{layer}.up": up}
+        product = up.double().flatten(1) @ down.double().flatten(1)
+        added = 0.5 * ALPHA / RANK * product.view(tensors[key].shape)
+        after[key] = (tensors[key].double() + added).float()
+    return updates, after
+
+
+def kohya(updates: State) -> State:
+    named = {}
+    for name, value in updates.items():
+        layer, _, half = name.rpartition(".")
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        named |= {f"{flat}.lora_{half}.weight": value, f"{flat}.alpha": torch.tensor(ALPHA)}
+    return named
+
+
+def comfy(updates: State) -> State:
+    named = {}
+    for name, value in updates.items():
+        layer, _, half = name.rpartition(".")
+        path = f"diffusion_model.{layer}"
+        half = {"down": "lora_A", "up": "lora_B"}[half]
+        named |= {f"{path}.{half}.weight": value, f"{path}.alpha": torch.tensor(ALPHA)}
+    return named
+
+
+@pytest.mark.parametrize("named", [kohya, comfy])
+@pytest.mark.parametrize("kind", ["sd35", "flux-dev"])
+def test_updates_of_original_layers_are_what_diffusers_reads_of_updated_ones(
+    write: Write, tmp_path: Path, kind: str, named: Callable[[State], State]
+) -> None:
+    tensors = whole(kind)
+    updates, after = updated(kind, tensors)
+    path = tmp_path / "style.safetensors"
+    save_file({name: value.contiguous() for name, value in named(updates).items()}, path)
+    checkpoint = open_checkpoint(write(kind, tensors)).with_loras([Lora(path, 0.5)])
+    ours = checkpoint.component("transformer").state_dict()
+    expected = transformer_by_diffusers(kind, after)
+    assert ours.keys() == expected.keys()
+    wrong = [key for key in ours if relative_error(ours[key], expected[key]) > MODULE_FP32]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("model", layout.PUBLISHED)
