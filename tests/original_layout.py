@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
+import small_checkpoints
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -278,3 +282,14 @@ SMALL = {
         ((_CLIP, TextSpec(64, 3, 518)),),
     ),
 }
+
+
+def save(kind: str, folder: Path, changes: Mapping[str, torch.Tensor] | None = None) -> Path:
+    """A small single file, with ``changes`` to its tensors, and its tokenizers beside it."""
+    tensors = SMALL[kind].tensors() | dict(changes or {})
+    small_checkpoints.tokenizer().save_pretrained(folder / "tokenizer")
+    if kind == "sdxl":
+        small_checkpoints.tokenizer("!").save_pretrained(folder / "tokenizer_2")
+    path = folder / f"{kind}.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    return path

@@ -24,19 +24,22 @@ from tintype.errors import CheckpointError
 from tintype.models.stages import DecodeStage, Stage, build_stage, stage_component
 
 from .calibration import Calibration
+from .durations import in_words, last_seconds, remember
 from .graphs import point_to_weights, save, trace
 from .merging import merged
 from .profiles import check_sizes, example_inputs, profiles_of
 from .qdq import quantise_graph
 from .quantisation import Quantised, plan
 from .report import BUDGETS
-from .storage import Precision, Store, precision, store_weights, stored_bytes
+from .storage import Precision, Store, precision, store_weights, stored_bytes, weight_bytes
 from .tensorrt import build_engines, check_gpus
 from .verify import budget_of, require, verify
 from .writing import gigabytes, require_room, written_whole
 
 _FAMILIES = ("latent_unet", "sd3", "flux")
-_ENGINE_GRAPHS = ".engine-graphs"  # of which nothing is left once there are engines
+_ENGINE_GRAPHS = (
+    "engine-graphs"  # of which nothing is left once there are engines that hold their weights
+)
 _GRAPH_BYTES = 16 << 20  # more than any model's graph; FLUX's holds its rotation at every token
 
 Say = Callable[[str], None]
@@ -47,7 +50,8 @@ class ExportConfig:
     """Sizes as (width, height); ``defaults`` override the checkpoint's for requests that leave settings open.
 
     ``tolerance_db`` None is what the precision is held to. The target "tensorrt" adds engines for ``gpus``, such as
-    sm_89, to the graphs; ``plain`` builds one of the plain denoiser, too, beside those with the sampler's step.
+    sm_89, to the graphs; ``plain`` builds one of the plain denoiser, too, beside those with the sampler's step, and
+    ``weightless`` ones are filled with the bundle's weights when they are loaded.
     ``batches`` are the pictures of a call. In codes, ``calibration`` None rounds weights alone; ``group`` is int4's.
     """
 
@@ -58,6 +62,7 @@ class ExportConfig:
     target: str = "onnx"
     gpus: tuple[str, ...] = ()
     plain: bool = False
+    weightless: bool = False
     batches: tuple[int, ...] = (1,)
     loras: tuple[Lora, ...] = ()
     calibration: Calibration | None = field(default_factory=Calibration)
@@ -92,33 +97,42 @@ class ExportConfig:
 def export_bundle(
     source: Path, target: Path, config: ExportConfig, say: Say = lambda line: None
 ) -> Path:
-    """Export the checkpoint folder ``source`` (diffusers layout) to the bundle ``target``; nothing half is left."""
+    """Export the checkpoint ``source``, a folder or a single file, to the bundle ``target``; nothing half is left."""
     checkpoint = open_checkpoint(source)
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{source} is a single file; export reads a folder in diffusers layout"
-        )
     if checkpoint.family not in _FAMILIES:
         raise CheckpointError(
             f"{source} is a {checkpoint.family}; export writes {', '.join(_FAMILIES)}; run it with backend='torch'"
         )
     check_sizes(config.sizes, checkpoint.defaults)
     _check_target(config)
-    _estimate(checkpoint, target, config, say)
+    kind = _kind(checkpoint, config)
+    _estimate(checkpoint, target, config, last_seconds(kind), say)
+    began = time.perf_counter()
     with written_whole(target) as work, _merged(checkpoint, config, target) as checkpoint:
         quantised = quantisation(checkpoint, config, say)
         store, bundle = write_bundle(checkpoint, work, config, quantised, say)
         bundle = replace(bundle, name=target.name)
         say("verify: against float32 torch")
         report = verify(bundle, checkpoint, "onnxruntime")
-        require(report, budget_of(bundle))
+        require(report, budget_of(bundle), quantised.sensitivity if quantised else None)
         provenance = {**bundle.provenance, "verification": report.as_json()}
         if config.target == "tensorrt":
             graphs = engine_graphs(checkpoint, store, bundle, config, say)
             bundle = _with_engines(bundle, graphs, config, say)
-            shutil.rmtree(work / _ENGINE_GRAPHS, ignore_errors=True)
+            if not config.weightless:
+                shutil.rmtree(work / _ENGINE_GRAPHS, ignore_errors=True)
         save_manifest(replace(bundle, provenance=provenance))
+    remember(kind, time.perf_counter() - began)
     return target
+
+
+def _kind(checkpoint: Checkpoint, config: ExportConfig) -> str:
+    """What an export's time depends on."""
+    size = sum(weight_bytes(part.weights) for part in checkpoint.components.values())
+    calibration = config.calibration if config.kept.quantised else None
+    evaluations = 0 if calibration is None else len(calibration.prompts) * calibration.steps
+    asked = (config.precision, config.target, config.gpus, config.sizes, config.batches)
+    return " ".join(str(part) for part in (checkpoint.family, size, *asked, evaluations))
 
 
 def write_bundle(
@@ -143,6 +157,11 @@ def write_bundle(
 
 def _source(checkpoint: Checkpoint, store: Store) -> dict[str, Any]:
     """What the bundle was made of: the weights' files by component, each with its size and hash."""
+    if not checkpoint.source.is_dir():
+        return {
+            "name": checkpoint.source.name,
+            "files": {checkpoint.source.name: describe(checkpoint.source)},
+        }
     weights = {
         f"{name}/{path.name}": path
         for name, part in checkpoint.components.items()
@@ -195,14 +214,15 @@ def _with_engines(
 ) -> Bundle:
     """The bundle with engines, which were built and, where this machine lacks those GPUs, have not run."""
     wanted = {name: each for name, each in graphs.items() if _has_engine(name, config)}
-    engines = build_engines(bundle.folder, wanted, config.gpus, say)
-    names = [
-        name
+    engines = build_engines(bundle.folder, wanted, config.gpus, say, weightless=config.weightless)
+    kept = [
+        profiles
         for entry in engines.values()
-        for profiles in entry["stages"].values()
-        for name in profiles.values()
+        for files in (entry["stages"], entry.get("graphs", {}))
+        for profiles in files.values()
     ]
-    files = bundle.files | {name: describe(bundle.folder / name) for name in names}
+    names = {name for profiles in kept for name in profiles.values()} - bundle.files.keys()
+    files = bundle.files | {name: describe(bundle.folder / name) for name in sorted(names)}
     return replace(bundle, engines=engines, files=files)
 
 
@@ -211,16 +231,15 @@ def _has_engine(stage: str, config: ExportConfig) -> bool:
     return config.plain or stage != "denoise"
 
 
-def _estimate(checkpoint: Checkpoint, target: Path, config: ExportConfig, say: Say) -> None:
+def _estimate(
+    checkpoint: Checkpoint, target: Path, config: ExportConfig, seconds: float | None, say: Say
+) -> None:
     """Say what the export will take; BundleError where the disk cannot hold it."""
     profiles = profiles_of(checkpoint, config.sizes, config.batches)
     graphs = sum(len(each) for each in profiles.values())
-    weights = {
-        name: sum(path.stat().st_size for path in part.weights.files)
-        for name, part in checkpoint.components.items()
-    }
-    # An engine holds its stage's weights once more.
-    engines = sum(
+    weights = {name: weight_bytes(part.weights) for name, part in checkpoint.components.items()}
+    # An engine holds its stage's weights once more, unless it is weightless.
+    engines = (not config.weightless) * sum(
         weights[stage_component(stage, checkpoint.components)] * len(each)
         for stage, each in profiles.items()
         if _has_engine(stage, config)
@@ -232,6 +251,7 @@ def _estimate(checkpoint: Checkpoint, target: Path, config: ExportConfig, say: S
     say(
         f"{graphs} graphs: about {gigabytes(needed)} of disk ({gigabytes(free)} free), and "
         f"{gigabytes(memory)} of memory beside the pictures' own"
+        + ("" if seconds is None else f"; the last one like it took {in_words(seconds)}")
     )
 
 

@@ -20,7 +20,8 @@ def register(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser("export", help="write a bundle that runs without torch")
     parser.add_argument(
-        "model", help="checkpoint folder in diffusers layout, or the name of a model in the box"
+        "model",
+        help="checkpoint folder in diffusers layout, single .safetensors file, or the name of a model in the box",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument("--target", choices=["onnx", "tensorrt"], default="onnx")
@@ -39,6 +40,11 @@ def register(subparsers: Any) -> None:
         "--plain",
         action="store_true",
         help="tensorrt: an engine of the plain denoiser, too, for masks, rescaled guidance and pndm",
+    )
+    parser.add_argument(
+        "--weightless",
+        action="store_true",
+        help="tensorrt: engines of a few megabytes, filled from the bundle's weights when loaded; takes a GPU to build",
     )
     parser.add_argument(
         "--lora",
@@ -99,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
         target=options.target,
         gpus=tuple(options.gpu),
         plain=options.plain,
+        weightless=options.weightless,
         loras=tuple(Lora.parse(text) for text in options.lora),
         batches=tuple(options.batch),
         tolerance_db=options.tolerance,

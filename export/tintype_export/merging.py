@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.checkpoint import Component
 from tintype.checkpoints.files import Weights
 from tintype.checkpoints.lora import Lora
-from tintype.checkpoints.weights import parameters
 
+from .storage import stored_type
 from .writing import save_tensors
 
 
@@ -31,13 +29,8 @@ def merged(checkpoint: Checkpoint, loras: Sequence[Lora], folder: Path) -> Check
 
 def _written(updated: Checkpoint, name: str, folder: Path) -> Component:
     part = updated.components[name]
-    module = updated.component(name, _stored_type(part.weights))
+    module = updated.component(name, stored_type(part.weights))
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
     path = folder / f"{stem}.safetensors"
     save_tensors(module.state_dict(), path)
     return replace(part, weights=Weights((path,)))
-
-
-def _stored_type(weights: Weights) -> torch.dtype:
-    _, first = next(parameters(weights, weights.files[0]))
-    return first.dtype

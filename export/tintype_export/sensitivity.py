@@ -17,6 +17,7 @@ from .calibration import Seen
 
 MOST_MEASURED = 200_000_000  # parameters; in a larger denoiser the rule alone decides
 _MOST_KEPT = 0.1  # of the layers
+_SUSPECTS = 3
 
 Rounder = Callable[[str, Tensor], LayerCodes]
 
@@ -50,12 +51,19 @@ class Sensitivity:
         """The report that a manifest holds."""
         return cls(said["decided"], [LayerReport(**layer) for layer in said["layers"]])
 
+    def ranked(self) -> list[LayerReport]:
+        """The layers that were measured, the most sensitive first."""
+        measured = (layer for layer in self.layers if layer.error is not None)
+        return sorted(measured, key=lambda layer: -(layer.error or 0.0))
+
+    def suspects(self) -> str:
+        """The quantised layers that do most to the output, as an error names them; empty where none was measured."""
+        kept = [layer for layer in self.ranked() if layer.stored != "high"]
+        return ", ".join(f"{layer.name} ({layer.error:.1e})" for layer in kept[:_SUSPECTS])
+
     def lines(self, most: int = 12) -> Iterator[str]:
         """The most sensitive layers, for people."""
-        measured = sorted(
-            (layer for layer in self.layers if layer.error is not None),
-            key=lambda layer: -(layer.error or 0.0),
-        )
+        measured = self.ranked()
         high = sum(layer.stored == "high" for layer in self.layers)
         yield f"{len(self.layers)} layers, {high} kept high, {self.decided}"
         yield from (

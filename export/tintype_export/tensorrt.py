@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tintype.backends.cuda_driver import Device
 from tintype.errors import BackendUnavailable, BundleError, RequestError
+from tintype_kernels.cache import cache_folder, replace_bytes
 
 from .writing import gigabytes
 
 PACKAGES = ("tensorrt_rtx", "tensorrt")
 _QUIET_SECONDS = 5.0
+_SIGN_OF_NO_GPU = "CUDA_SUCCESS"
 _SIGNS_OF_NO_MEMORY = ("memory", "could not find any implementation")
 
 Stages = Mapping[str, Mapping[str, str]]
 Say = Callable[[str], None]
 
 
-def tensorrt() -> Any:
-    """The package that builds engines; both have the same interface."""
-    for name in PACKAGES:
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise BackendUnavailable(
-        "target tensorrt needs the package tensorrt_rtx or tensorrt; install one with: "
-        'pip install "tintype[tensorrt-rtx]" or pip install "tintype[tensorrt]"'
-    )
+@dataclass(frozen=True)
+class Target:
+    """A GPU that engines can be built for: the package, and what it calls the GPU, which is None for this machine's."""
+
+    trt: Any
+    capability: Any
+
+
+def targets() -> dict[str, Target]:
+    """By their names, such as sm_89: many GPUs by tensorrt_rtx, which needs none, and this machine's by tensorrt."""
+    packages = [importlib.import_module(name) for name in PACKAGES if _installed(name)]
+    if not packages:
+        raise BackendUnavailable(
+            "target tensorrt needs the package tensorrt_rtx or tensorrt; install one with: "
+            'pip install "tintype[tensorrt-rtx]" or pip install "tintype[tensorrt]"'
+        )
+    found: dict[str, Target] = {}
+    for trt in packages:
+        for gpu, capability in _capabilities(trt).items():
+            found.setdefault(gpu, Target(trt, capability))
+    if not found:
+        raise BackendUnavailable(
+            "tensorrt builds for the GPU that it runs on, and finds none here; install tensorrt_rtx, which builds for "
+            'others, with: pip install "tintype[tensorrt-rtx]"'
+        )
+    return found
 
 
 def check_gpus(gpus: Sequence[str]) -> None:
-    """Refuse a build for no GPU, or for one that the package does not know."""
-    known = _capabilities(tensorrt())
+    """Refuse a build for no GPU, or for one that no installed package builds for."""
+    known = targets()
     if not gpus:
         raise RequestError(
             f"target tensorrt needs --gpu, one or several of {', '.join(known)}; "
@@ -46,45 +66,77 @@ def check_gpus(gpus: Sequence[str]) -> None:
         raise RequestError(f"gpu={unknown[0]!r} is unknown; choose from {', '.join(known)}")
 
 
-def build_engines(root: Path, stages: Stages, gpus: Sequence[str], say: Say) -> dict[str, Any]:
-    """Write STAGE/PROFILE.GPU.engine beside every graph; what the manifest says of them, by GPU."""
-    trt = tensorrt()
+def build_engines(
+    root: Path, stages: Stages, gpus: Sequence[str], say: Say, *, weightless: bool = False
+) -> dict[str, Any]:
+    """Write STAGE/PROFILE.GPU.engine beside every graph; what the manifest says of them, by GPU.
+
+    ``weightless`` engines hold no weights: they are filled from the graphs' when they are loaded. Building them takes
+    a GPU, of any kind.
+    """
+    chosen = {gpu: targets()[gpu] for gpu in gpus}
     entries: dict[str, Any] = {
-        gpu: {"package": trt.__name__, "version": trt.__version__, "stages": {}} for gpu in gpus
+        gpu: {"package": target.trt.__name__, "version": target.trt.__version__, "stages": {}}
+        | ({"graphs": stages} if weightless else {})
+        for gpu, target in chosen.items()
     }
     for stage, profiles in stages.items():
         for profile, graph in profiles.items():
-            log = _Log(trt)
-            network = _parse(trt, log, root, graph)
-            for gpu in gpus:
+            packages = {target.trt for target in chosen.values()}
+            parsed = {trt: _parse(trt, root, graph) for trt in packages}
+            for gpu, target in chosen.items():
                 began = time.perf_counter()
                 relative = f"{stage}/{profile}.{gpu}.engine"
-                engine = _build(trt, log, network, gpu, _Progress(trt, relative, say))
+                order = _Order(target, gpu, relative, weightless)
+                engine = _build(order, *parsed[target.trt], say)
                 (root / relative).write_bytes(engine)
                 entries[gpu]["stages"].setdefault(stage, {})[profile] = relative
                 say(f"{relative}: {time.perf_counter() - began:.1f} s")
     return entries
 
 
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _capabilities(trt: Any) -> dict[str, Any]:
-    """sm_89 -> what the package calls it. Only tensorrt_rtx builds for GPUs that are not there."""
-    if not hasattr(trt, "ComputeCapability"):
-        raise BackendUnavailable(
-            f"{trt.__name__} builds for the GPU that it runs on alone; install tensorrt_rtx, which builds for others, "
-            'with: pip install "tintype[tensorrt-rtx]"'
-        )
-    members = trt.ComputeCapability.__members__
-    return {f"sm_{name[2:]}": member for name, member in members.items() if name.startswith("SM")}
+    """sm_89 -> what the package calls it."""
+    if hasattr(trt, "ComputeCapability"):
+        members = trt.ComputeCapability.__members__
+        return {f"sm_{name[2:]}": each for name, each in members.items() if name.startswith("SM")}
+    try:
+        return {Device().architecture: None}
+    except BackendUnavailable:
+        return {}
 
 
-def _parse(trt: Any, log: _Log, root: Path, graph: str) -> Any:
+@dataclass(frozen=True)
+class _Order:
+    """What is to be built of a network."""
+
+    target: Target
+    gpu: str
+    name: str
+    weightless: bool
+
+    @property
+    def timings(self) -> Path | None:
+        """Where `tensorrt` remembers how fast its kernels were here; `tensorrt_rtx` times none when it builds."""
+        if self.target.capability is not None:
+            return None
+        trt = self.target.trt
+        return cache_folder() / "tensorrt" / f"{trt.__name__}-{trt.__version__}-{self.gpu}.timings"
+
+
+def _parse(trt: Any, root: Path, graph: str) -> tuple[_Log, Any]:
     """The network of a graph; its layers have the types that the graph says, and no others."""
+    log = _Log(trt)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = log.builder.create_network(flags)
     parser = trt.OnnxParser(network, log.logger)
     # Weights are named relative to the bundle's root, so the graph is said to lie there.
     if parser.parse((root / graph).read_bytes(), str(root / "graph.onnx")):
-        return network
+        return log, network
     error = parser.get_error(0)
     raise BundleError(
         f"{graph}: TensorRT cannot take node {error.node_name() or error.node()} "
@@ -92,24 +144,44 @@ def _parse(trt: Any, log: _Log, root: Path, graph: str) -> Any:
     )
 
 
-def _build(trt: Any, log: _Log, network: Any, gpu: str, progress: _Progress) -> bytes:
+def _build(order: _Order, log: _Log, network: Any, say: Say) -> bytes:
+    trt = order.target.trt
     config = log.builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(_capabilities(trt)[gpu], 0)
+    if order.target.capability is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(order.target.capability, 0)
     config.clear_flag(trt.BuilderFlag.TF32)  # what says float32 is computed in it
-    config.progress_monitor = progress.monitor
+    if order.weightless:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT)
+    config.progress_monitor = _Progress(trt, order.name, say).monitor
     log.errors.clear()
-    engine = log.builder.build_serialized_network(network, config)
+    with _remembered_timings(config, order.timings):
+        engine = log.builder.build_serialized_network(network, config)
     if engine is None:
         reason = log.errors[0] if log.errors else "TensorRT says no reason"
         raise BundleError(
-            f"{progress.name} cannot be built: {' '.join(reason.split())[:400]}{_hint(reason)}"
+            f"{order.name} cannot be built: {' '.join(reason.split())[:400]}{_hint(reason)}"
         )
     return bytes(engine)
 
 
+@contextmanager
+def _remembered_timings(config: Any, file: Path | None) -> Iterator[None]:
+    """What a build measures is found by the next one, of this version for this GPU."""
+    if file is None:
+        yield
+        return
+    known = file.read_bytes() if file.is_file() else b""
+    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    yield
+    replace_bytes(file, bytes(config.get_timing_cache().serialize()))
+
+
 def _hint(reason: str) -> str:
     """What a builder's error may mean besides what it says: without memory it finds no kernel that fits."""
+    if _SIGN_OF_NO_GPU in reason:
+        return "; engines without weights are built beside an NVIDIA GPU: go to one, or leave --weightless out"
     if not any(sign in reason.lower() for sign in _SIGNS_OF_NO_MEMORY):
         return ""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import onnx
 import pytest
+import torch
 
+import original_layout
 import tintype
 from small_checkpoints import save, save_smallest
+from tintype.bundle import describe
 from tintype.errors import BundleError, CheckpointError, ProfileError
 from tintype_export import bundle as exporting
 from tintype_export.bundle import ExportConfig, export_bundle
@@ -79,7 +83,6 @@ def test_the_report_in_the_manifest_covers_every_graph(exported):
 
 @pytest.mark.usefixtures("traced_once")
 def test_weights_stored_in_half_precision_are_computed_with_in_single(tmp_path):
-    import torch
     from safetensors.torch import load_file, save_file
 
     source = save_smallest(tmp_path / "checkpoint")
@@ -89,6 +92,22 @@ def test_weights_stored_in_half_precision_are_computed_with_in_single(tmp_path):
     config = ExportConfig(((16, 16),), defaults={"width": 16, "height": 16})
     folder = export_bundle(source, tmp_path / "bundle", config)
     assert difference_from_torch(source, folder, steps=2, side=16) < STAGE_FP32
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_what_an_export_takes_is_said_beforehand_and_its_time_from_the_second_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TINTYPE_CACHE", str(tmp_path / "cache"))
+    source, said = save_smallest(tmp_path / "checkpoint"), []
+    config = ExportConfig(((16, 16),), defaults={"width": 16, "height": 16})
+    for name in ("first", "second"):
+        export_bundle(source, tmp_path / name, config, said.append)
+    first, second = (line for line in said if "of memory" in line)
+    assert re.fullmatch(r"\d+ graphs: about .* of disk \(.* free\), and .* of memory .*own", first)
+    (seconds,) = json.loads((tmp_path / "cache/exports.json").read_text()).values()
+    assert 0 < seconds < 600
+    assert re.search(r"; the last one like it took \d+ s$", second)
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -107,9 +126,18 @@ def test_a_size_that_the_model_cannot_draw_is_refused_before_any_work(tmp_path):
         export_bundle(source, tmp_path / "bundle", ExportConfig(sizes=((60, 64),)))
 
 
-def test_a_single_file_is_refused_with_a_reason(tmp_path):
-    with pytest.raises(CheckpointError):
-        export_bundle(tmp_path / "absent.safetensors", tmp_path / "bundle", CONFIG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_single_file_is_exported_as_a_folder_is_and_in_its_own_type(tmp_path, dtype):
+    tensors = {
+        name: each.to(dtype) for name, each in original_layout.SMALL["sd1"].tensors().items()
+    }
+    source = original_layout.save("sd1", tmp_path, tensors)
+    folder = export_bundle(source, tmp_path / "bundle", CONFIG)
+    assert difference_from_torch(source, folder, steps=2) < STAGE_FP32
+    made_of = json.loads((folder / "bundle.json").read_text())["provenance"]["source"]
+    assert made_of == {"name": source.name, "files": {source.name: describe(source)}}
+    stored = sum(path.stat().st_size for path in folder.glob("weights/*.safetensors"))
+    assert stored < 1.01 * source.stat().st_size
 
 
 def test_a_family_without_graphs_is_refused_with_what_runs_it(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from small_checkpoints import save_smallest
 from tintype.bundle import open_bundle
 from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.files import Weights
-from tintype.errors import RequestError
+from tintype.errors import BundleError, RequestError
 from tintype.models.quantised import Scheme, nearest, quantisable, replace_layers
 from tintype.models.stages import Stage
 from tintype_export import bundle as exporting
@@ -26,7 +26,7 @@ from tintype_export.bundle import ExportConfig, export_bundle
 from tintype_export.calibration import Calibration, Seen
 from tintype_export.quality import psnr
 from tintype_export.quantisation import plan, read_layers, write_quantised
-from tintype_export.report import BUDGETS
+from tintype_export.report import BUDGETS, Report, StageReport
 from tintype_export.sensitivity import (
     LayerReport,
     Sensitivity,
@@ -35,6 +35,7 @@ from tintype_export.sensitivity import (
     measured,
     worst,
 )
+from tintype_export.verify import require
 from tolerances import STAGE_FP32
 
 SETTINGS = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -241,3 +242,12 @@ def test_the_report_lists_the_most_sensitive_layers_first():
     assert [row.split()[0] for row in rows] == ["b", "a"]
     found = Sensitivity("measured", layers)
     assert Sensitivity.from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_a_bundle_over_budget_names_the_layers_in_codes_that_do_most():
+    layers = [("a", "int8", 0.02), ("b", "high", 0.3), ("c", "int8", 0.1), ("d", "int8", None)]
+    sensitivity = Sensitivity("measured", [LayerReport(*layer) for layer in layers])
+    stage = StageReport("denoise", "16x16-b1", ["float32"], 0.9, 0.5, 1.0, "model_output[0]", True)
+    report = Report("onnxruntime", "int8", "float32", "torch", [stage], None)
+    with pytest.raises(BundleError, match=r"stage denoise .*do most .*: c \(1.0e-01\), a \(2"):
+        require(report, BUDGETS["int8"], sensitivity)

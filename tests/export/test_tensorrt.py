@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import onnx
 import pytest
+import torch
 
 from small_checkpoints import save_smallest
 from tintype.bundle import open_bundle
@@ -60,9 +64,9 @@ def test_an_exported_stage_is_built_in_its_precision(source, tmp_path, monkeypat
     products, parse = set(), building._parse
 
     def watched(*arguments):
-        network = parse(*arguments)
+        log, network = parse(*arguments)
         products.update(convolutions(network))
-        return network
+        return log, network
 
     monkeypatch.setattr(building, "_parse", watched)
     config = ExportConfig(((16, 16),), precision, None, SMALL, "tensorrt", ("sm_89",))
@@ -100,7 +104,7 @@ def test_weights_that_are_not_there_are_an_error_of_the_graph(tiny_copy):
 def test_a_build_that_fails_says_what_the_builder_says(tiny_copy, monkeypatch):
     log = building._Log(trt)
     empty = log.builder.create_network(0)  # has no output
-    monkeypatch.setattr(building, "_parse", lambda *_: empty)
+    monkeypatch.setattr(building, "_parse", lambda *_: (log, empty))
     with pytest.raises(
         BundleError, match=r"encode/b1\.sm_89\.engine cannot be built: .+"
     ) as raised:
@@ -121,6 +125,60 @@ def test_an_absent_package_names_the_extras(monkeypatch):
     monkeypatch.setattr(building, "PACKAGES", ("no_such_tensorrt",))
     with pytest.raises(BackendUnavailable, match=r'pip install "tintype\[tensorrt-rtx\]"'):
         check_gpus(GPUS)
+
+
+@pytest.fixture
+def enterprise(monkeypatch, tmp_path):
+    """A package like `tensorrt`, which builds for this machine's GPU: tensorrt_rtx but for its list of GPUs."""
+    played = ModuleType("played_tensorrt")
+    vars(played).update({k: v for k, v in vars(trt).items() if k != "ComputeCapability"})
+    played.__name__, played.__spec__ = "played_tensorrt", ModuleSpec("played_tensorrt", None)
+    monkeypatch.setitem(sys.modules, "played_tensorrt", played)
+    monkeypatch.setattr(building, "PACKAGES", ("tensorrt_rtx", "played_tensorrt"))
+    monkeypatch.setattr(building, "Device", lambda: SimpleNamespace(architecture="sm_90"))
+    monkeypatch.setenv("TINTYPE_CACHE", str(tmp_path / "cache"))
+    return played
+
+
+def test_each_gpu_is_built_for_by_the_package_that_can(tiny_copy, enterprise):
+    engines = build_engines(tiny_copy, ENCODE, ("sm_89", "sm_90"), print)
+    packages = {gpu: entry["package"] for gpu, entry in engines.items()}
+    assert packages == {"sm_89": "tensorrt_rtx", "sm_90": "played_tensorrt"}
+    assert (tiny_copy / "encode/b1.sm_90.engine").stat().st_size > 514 * 8 * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")
+def test_what_a_build_measured_is_found_by_the_next(tiny_copy, enterprise, tmp_path):
+    build_engines(tiny_copy, ENCODE, ("sm_89", "sm_90"), print)
+    (timings,) = (tmp_path / "cache").rglob("*.timings")
+    assert timings.name == f"played_tensorrt-{trt.__version__}-sm_90.timings"
+    assert timings.stat().st_size
+    known = []
+    config = SimpleNamespace(
+        create_timing_cache=known.append,
+        set_timing_cache=lambda cache, ignore_mismatch: True,
+        get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"more"),
+    )
+    before = timings.read_bytes()
+    with building._remembered_timings(config, timings):
+        pass
+    assert (known, timings.read_bytes()) == ([before], b"more")
+
+
+def test_a_package_for_this_machines_gpu_says_so_where_there_is_none(enterprise, monkeypatch):
+    def absent():
+        raise BackendUnavailable("no GPU")
+
+    monkeypatch.setattr(building, "Device", absent)
+    monkeypatch.setattr(building, "PACKAGES", ("played_tensorrt",))
+    with pytest.raises(BackendUnavailable, match="finds none here; install tensorrt_rtx"):
+        check_gpus(GPUS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="builds them where there is a GPU")
+def test_engines_without_weights_say_that_building_them_takes_a_gpu(tiny_copy):
+    with pytest.raises(BundleError, match="beside an NVIDIA GPU: .*leave --weightless"):
+        build_engines(tiny_copy, ENCODE, ("sm_89",), print, weightless=True)
 
 
 def test_the_command_takes_several_gpus():

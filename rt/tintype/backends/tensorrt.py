@@ -6,7 +6,9 @@ import importlib
 import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,10 @@ from numpy.typing import NDArray
 from tintype.backends import Arrays
 from tintype.backends.compiled import Compiled
 from tintype.backends.cuda_driver import Device
-from tintype.backends.graphs import graph_file
+from tintype.backends.graphs import graph_file, read_graph
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError, TintypeError
+from tintype_kernels.cache import cache_folder, replace_bytes
 
 _EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 _ONNX = "run the bundle's ONNX form with backend='onnxruntime'"
@@ -57,13 +60,32 @@ class _Pool:
         return placed
 
 
+class _Kernels:
+    """What TensorRT-RTX compiles for this GPU when an engine first runs, kept for the processes to come."""
+
+    def __init__(self, runtime: Any, file: Path) -> None:
+        self._cache = runtime.create_runtime_cache()
+        self._file = file
+        # Refused where another driver, GPU or version made it.
+        self._kept = file.is_file() and self._cache.deserialize(file.read_bytes())
+        runtime.set_runtime_cache(self._cache)
+
+    def keep(self) -> None:
+        """Write them, once. Where that cannot be, the next process compiles them again."""
+        if not self._kept:
+            self._kept = True
+            with suppress(OSError):
+                replace_bytes(self._file, bytes(self._cache.serialize()))
+
+
 @dataclass(frozen=True)
 class _Engine:
-    """A loaded engine, which one request at a time uses."""
+    """A loaded engine, which one request at a time uses; `tensorrt`'s holds its kernels itself."""
 
     context: Any
     inputs: dict[str, _Face]
     outputs: dict[str, _Face]
+    kernels: _Kernels | None
 
 
 class TensorRtBackend:
@@ -95,7 +117,9 @@ class TensorRtBackend:
             threading.Lock()
         )  # one stream, and an engine's context holds one request's addresses
         self._stages = matching_engines(bundle, self._device.architecture, self._trt.__version__)
-        self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
+        self._graphs = bundle.engines[self._device.architecture].get("graphs", {})
+        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
+        self._runtime = self._trt.Runtime(self._logger)
         self._engines = Compiled(self._open)
 
     @property
@@ -134,6 +158,8 @@ class TensorRtBackend:
                 engine.context.set_tensor_address(name, placed.address)
             if not engine.context.execute_async_v3(self._device.stream):
                 raise TintypeError("TensorRT did not run the engine; its log says why")
+            if engine.kernels is not None:
+                engine.kernels.keep()
         return outputs
 
     def fetch(self, placed: _Placed) -> NDArray[np.float32]:
@@ -150,13 +176,35 @@ class TensorRtBackend:
         engine = self._runtime.deserialize_cuda_engine(self.bundle.path(relative).read_bytes())
         if engine is None:
             raise BundleError(f"{self.bundle.folder}: TensorRT does not load {relative}; {_ONNX}")
-        context = engine.create_execution_context()
+        if self._graphs:
+            self._fill(engine, graph_file(self._graphs, *key))
+        context, kernels = self._context(engine, self.bundle.files[relative]["sha256"])
         inputs: dict[str, _Face] = {}
         outputs: dict[str, _Face] = {}
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
             given = engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
             (inputs if given else outputs)[name] = self._face(engine, name)
-        return _Engine(context, inputs, outputs)
+        return _Engine(context, inputs, outputs, kernels)
+
+    def _fill(self, engine: Any, graph: str) -> None:
+        """Give an engine without weights those of the graph that it was built from."""
+        refitter = self._trt.Refitter(engine, self._logger)
+        filler = self._trt.OnnxParserRefitter(refitter, self._logger)
+        # As when it was built: weights are named relative to the bundle's root.
+        root = str(self.bundle.folder / "graph.onnx")
+        filled = filler.refit_from_bytes(read_graph(self.bundle, graph), root)
+        if not (filled and refitter.refit_cuda_engine()):
+            raise BundleError(
+                f"{self.bundle.folder}: TensorRT does not take the weights of {graph} for its engine; {_ONNX}"
+            )
+
+    def _context(self, engine: Any, fingerprint: str) -> tuple[Any, _Kernels | None]:
+        """What runs the engine, and the kernels that are compiled for it on the way."""
+        runtime = engine.create_runtime_config()
+        if not hasattr(runtime, "create_runtime_cache"):
+            return engine.create_execution_context(), None
+        kernels = _Kernels(runtime, cache_folder() / "tensorrt" / f"{fingerprint}.kernels")
+        return engine.create_execution_context(runtime), kernels
 
     def _face(self, engine: Any, name: str) -> _Face:
         shape = tuple(int(side) for side in engine.get_tensor_shape(name))
@@ -186,7 +234,8 @@ def matching_engines(bundle: Bundle, gpu: str, version: str) -> dict[str, dict[s
             f"{version} is installed; install that version, export again, or {_ONNX}"
         )
     stages: dict[str, dict[str, str]] = entry["stages"]
-    for relative in (file for profiles in stages.values() for file in profiles.values()):
+    profiles = (*stages.values(), *entry.get("graphs", {}).values())
+    for relative in (file for files in profiles for file in files.values()):
         if relative not in bundle.files:
             raise BundleError(f"{bundle.folder}: {relative} is not among the listed files")
     return stages

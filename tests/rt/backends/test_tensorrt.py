@@ -56,7 +56,10 @@ class PlayedEngine:
         self.ports = [*self.session.get_inputs(), *self.session.get_outputs()]
         self.num_io_tensors, self.addresses = len(self.ports), {}
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return SimpleNamespace()  # as of `tensorrt`, which compiles nothing at run time
+
+    def create_execution_context(self, runtime=None):
         return self
 
     def get_tensor_name(self, index):
@@ -135,6 +138,68 @@ def test_arrays_reach_the_engine_and_come_back(engines):
     expected = tintype.load(engines, backend="onnxruntime")("a", **SETTINGS).images
     actual = tintype.load(engines, backend="tensorrt")("a", **SETTINGS).images
     np.testing.assert_array_equal(actual, expected)
+
+
+class PlayedCache:
+    """A cache of kernels that takes back what it wrote."""
+
+    serialized = 0
+
+    def deserialize(self, blob):
+        return blob == b"kernels"
+
+    def serialize(self):
+        PlayedCache.serialized += 1
+        return b"kernels"
+
+
+@pytest.mark.parametrize("found", [None, b"kernels", b"of another GPU"])
+def test_kernels_that_are_compiled_at_the_first_run_are_kept(engines, tmp_path, monkeypatch, found):
+    runtime = SimpleNamespace(
+        create_runtime_cache=PlayedCache, set_runtime_cache=lambda cache: True
+    )
+    monkeypatch.setattr(PlayedEngine, "create_runtime_config", lambda engine: runtime)
+    monkeypatch.setattr(PlayedCache, "serialized", 0)
+    monkeypatch.setenv("TINTYPE_CACHE", str(tmp_path))
+    bundle = open_bundle(engines)
+    file = tmp_path / f"tensorrt/{bundle.files['decode/32x32-b1.sm_89.engine']['sha256']}.kernels"
+    if found is not None:
+        file.parent.mkdir()
+        file.write_bytes(found)
+    backend, latents = TensorRtBackend(bundle), np.zeros((1, 4, 4, 4), np.float32)
+    for _ in range(2):
+        backend.run("decode", "32x32-b1", {"latents": latents})
+    assert file.read_bytes() == b"kernels"
+    assert PlayedCache.serialized == (found != b"kernels")
+
+
+def test_engines_without_weights_are_filled_from_the_graphs(engines):
+    bundle = open_bundle(engines)
+    entry = bundle.engines["sm_89"] | {"graphs": bundle.stages}
+    filled = []
+
+    def refit_from_bytes(graph, path):
+        filled.append((graph, path))
+        return True
+
+    played = module._imported(set())
+    played.Refitter = lambda engine, logger: SimpleNamespace(refit_cuda_engine=lambda: True)
+    played.OnnxParserRefitter = lambda *_: SimpleNamespace(refit_from_bytes=refit_from_bytes)
+    backend = TensorRtBackend(replace(bundle, engines={"sm_89": entry}))
+    backend.run("decode", "32x32-b1", {"latents": np.zeros((1, 4, 4, 4), np.float32)})
+    graph = (engines / "decode/32x32-b1.onnx").read_bytes()
+    assert filled == [(graph, str(engines / "graph.onnx"))]
+
+
+def test_weights_that_do_not_fit_their_engine_are_an_error_of_the_graph(engines):
+    bundle = open_bundle(engines)
+    entry = bundle.engines["sm_89"] | {"graphs": bundle.stages}
+    played = module._imported(set())
+    played.Refitter = lambda engine, logger: None
+    played.OnnxParserRefitter = lambda *_: SimpleNamespace(refit_from_bytes=lambda *_: False)
+    backend = TensorRtBackend(replace(bundle, engines={"sm_89": entry}))
+    with pytest.raises(BundleError, match=r"does not take the weights of decode/32x32-b1\.onnx"):
+        backend.run("decode", "32x32-b1", {"latents": np.zeros((1, 4, 4, 4), np.float32)})
 
 
 def test_threads_take_turns(engines):

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import original_layout
-import small_checkpoints
 import tintype
 from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.original_config import below, open_clip_config, unet_config, vae_config
@@ -36,15 +35,11 @@ def write(tmp_path: Path) -> Write:
     def file(
         kind: str, changes: dict[str, Any] | None = None, suffix: str = ".safetensors"
     ) -> Path:
-        tensors = original_layout.SMALL[kind].tensors() | (changes or {})
-        small_checkpoints.tokenizer().save_pretrained(tmp_path / "tokenizer")
-        if kind == "sdxl":
-            small_checkpoints.tokenizer("!").save_pretrained(tmp_path / "tokenizer_2")
-        path = tmp_path / f"{kind}{suffix}"
         if suffix == ".safetensors":
-            save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-        else:
-            torch.save({"state_dict": tensors, "global_step": 875000}, path)
+            return original_layout.save(kind, tmp_path, changes)
+        path = original_layout.save(kind, tmp_path).with_suffix(suffix)
+        tensors = original_layout.SMALL[kind].tensors() | (changes or {})
+        torch.save({"state_dict": tensors, "global_step": 875000}, path)
         return path
 
     return file
