@@ -51,9 +51,13 @@ ATTENTION = [
     Sample("attention", "96", _attention(1, 2, 5, 70, 96), _SETS),
     Sample("attention", "128", _attention(1, 1, 64, 64, 128), _SETS),
     Sample("attention", "160, no keys", _attention(2, 1, 9, 33, 160, extra=3, lengths=[0, 33]), _SETS),
+    Sample("attention", "64, whole blocks", _attention(1, 1, 9, 256, 64), _SETS),
+    Sample("attention", "128, rest", _attention(2, 1, 140, 150, 128), _SETS),
     Sample("attention", "one query", _attention(1, 1, 1, 2, 16), _SETS),
     Sample("attention", "peaked", _attention(1, 1, 20, 40, 64, spread=2.0), _SETS),
 ]  # fmt: skip
+
+WITH_ROLES = {"64, whole blocks", "128", "128, rest", "peaked"}  # what that form of attention takes
 
 
 def _linear(

@@ -43,8 +43,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         for batch in options.batch:
             for case, arguments in _cases(module, batch, options):
                 about = {"op": name, "case": case, "batch": batch, "dtype": options.dtype}
-                for form, call in _forms(module, options.form):
-                    with _forced("triton" if form == "ours" and options.device == "cuda" else ""):
+                for form, call, implementation in _forms(module, options):
+                    with _forced(implementation if options.device == "cuda" else ""):
                         timed = _timed(call, arguments, module, bandwidth, options)
                     yield {**about, "form": form, **timed}
 
@@ -72,18 +72,26 @@ def _cases(
             yield case
 
 
-def _forms(module: ModuleType, wanted: list[str]) -> Iterator[tuple[str, Callable[..., Any]]]:
+def _forms(
+    module: ModuleType, options: argparse.Namespace
+) -> Iterator[tuple[str, Callable[..., Any], str]]:
+    """Names, calls, and the implementation that each is to take on a GPU."""
+    wanted = options.form
     function = getattr(module, _name(module))
     plain = getattr(module, "baseline", function.reference)
     if "ours" in wanted:
-        yield "ours", function
+        yield "ours", function, "triton"
+        variants = getattr(getattr(module, "FORWARD", None), "variants", ())
+        for variant in variants if options.device == "cuda" else ():
+            yield variant.replace("triton_", "ours, "), function, variant
     if "eager" in wanted:
-        yield "eager", plain
+        yield "eager", plain, ""
     if "compiled" in wanted:
         torch.compiler.reset()
-        yield "compiled", torch.compile(plain, mode="max-autotune-no-cudagraphs")
+        yield "compiled", torch.compile(plain, mode="max-autotune-no-cudagraphs"), ""
     if "library" in wanted:
-        yield from getattr(module, "LIBRARIES", {}).items()
+        for name, call in getattr(module, "LIBRARIES", {}).items():
+            yield name, call, ""
 
 
 def _timed(
@@ -119,7 +127,7 @@ def _bytes(tensors: Any) -> int:
 
 def line(row: Row) -> str:
     """One row of the table."""
-    start = f"{row['op']:20} {row['case']:32} {row.get('batch', ''):>2} {row['form']:9}"
+    start = f"{row['op']:30} {row['case']:40} {row.get('batch', ''):>2} {row['form']:11}"
     if "failed" in row:
         return f"{start} {row['failed'][:160]}"
     if "microseconds" not in row:
@@ -127,7 +135,7 @@ def line(row: Row) -> str:
     lower, median, upper = (row["microseconds"][name] for name in ("lower", "median", "upper"))
     text = f"{start} {median:9.1f} us [{lower:.1f}, {upper:.1f}]"
     speeds = f"{row['gigabytes_per_second']:7.0f} GB/s {row['percent_of_copy']:5.1f}%"
-    return f"{text:95} {speeds} {row.get('teraflops', ''):.5}".rstrip()
+    return f"{text:115} {speeds} {row.get('teraflops', ''):.5}".rstrip()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

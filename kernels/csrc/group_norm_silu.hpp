@@ -1,9 +1,9 @@
 // silu(group_norm(x + residual)) over float32: one read for the statistics, one for the result. The Python reference
 // in ops/group_norm_silu.py is the specification.
 //
-// Statistics are taken of blocks that fit the first-level cache, in two passes there, and merged in float64 as Chan,
-// Golub and LeVeque do ("Updating formulae", 1979), in an order that only the sizes of one sample decide. The mean is
-// kept as two floats, so that x - mean stays exact where the mean is thousands of times the spread.
+// Statistics are taken in one pass, of blocks, around a centre near their mean, and merged in float64 as Chan, Golub and
+// LeVeque do ("Updating formulae", 1979), in an order that only the sizes of one sample decide. The mean is kept as two
+// floats, so that x - mean stays exact where the mean is thousands of times the spread.
 #pragma once
 
 #include <algorithm>
@@ -28,17 +28,21 @@ struct NormInputs {
     Residual kind;
     float eps;
     bool silu;
+
+    // What is added to the element at `at`, where that has x's shape, and to channel c of all samples' where not.
+    const float* full(std::size_t at) const { return kind == Residual::full ? residual + at : nullptr; }
+    float shift(std::size_t c) const { return kind == Residual::channel ? residual[c] : 0.0f; }
 };
 
 // Count, mean and squared deviations of some numbers.
 struct Moments {
     double count, mean, squares;
 
-    void merge(double other_count, double other_mean, double other_squares) {
-        const double total = count + other_count, delta = other_mean - mean;
-        squares += other_squares + delta * delta * count * other_count / total;
-        mean += delta * other_count / total;
-        count = total;
+    void merge(const Moments& other) {
+        const double share = other.count / (count + other.count), delta = other.mean - mean;
+        squares += other.squares + delta * delta * count * share;
+        mean += delta * share;
+        count += other.count;
     }
 };
 
@@ -53,42 +57,57 @@ struct GroupStats {
 
     void write(float* stats, std::size_t groups) const { stats[0] = mean, stats[groups] = low, stats[2 * groups] = rstd; }
 
-    Affine affine(float weight, float bias) const { return {mean, rstd * weight, bias - low * rstd * weight}; }
+    Affine affine(float weight, float bias, float shift) const {
+        return {mean, rstd * weight, bias + (shift - low) * rstd * weight};
+    }
 };
+
+// A residual that a channel's pixels share only moves their mean: no inner loop sees it.
+inline Moments block_moments(double count, float centre, float shift, double sum, double squares) {
+    const double away = sum / count;
+    return {count, static_cast<double>(centre) + shift + away, squares - away * sum};
+}
+
+inline float mean_of(const float* x, const float* residual, std::size_t n) {
+    float two[2];
+    rows().norm->row_sums(x, residual, n, 0.0f, two);
+    return two[0] / static_cast<float>(n);
+}
 
 // ---- contiguous: a channel is a row ----
 
-constexpr std::size_t kRowBlock = 4096;  // floats of a row that are summed twice while the first-level cache has them
+constexpr std::size_t kRowBlock = 4096, kFirstBlock = 256;  // floats
 
+// The first block's centre is its mean, the others' that of all before them. A block of no more than `growth` times what
+// came before has squares around its centre of at most growth + 2 times those that the group ends with: little is lost.
 inline void add_row(const float* x, const float* residual, float shift, std::size_t n, Moments& to) {
+    constexpr std::size_t growth = 8;
     float two[2];
-    for (std::size_t from = 0; from < n; from += kRowBlock) {
-        const std::size_t count = std::min(kRowBlock, n - from);
+    for (std::size_t from = 0, count; from < n; from += count) {
+        const auto before = static_cast<std::size_t>(to.count);
+        count = std::min({n - from, kRowBlock, std::max(kFirstBlock, growth * before)});
         const float* extra = residual ? residual + from : nullptr;
-        rows().norm->row_sums(x + from, extra, shift, count, 0.0f, two);
-        const float centre = two[0] / static_cast<float>(count);
-        rows().norm->row_sums(x + from, extra, shift, count, centre, two);
-        const double sum = two[0], away = sum / static_cast<double>(count);
-        to.merge(static_cast<double>(count), centre + away, two[1] - away * sum);
+        const float centre = before ? static_cast<float>(to.mean - shift) : mean_of(x + from, extra, count);
+        rows().norm->row_sums(x + from, extra, count, centre, two);
+        to.merge(block_moments(static_cast<double>(count), centre, shift, two[0], two[1]));
     }
 }
 
 inline void norm_group(const NormInputs& in, const NormShape& s, std::size_t sample, std::size_t group, float* out,
                        float* stats) {
     const std::size_t first = sample * s.channels + group * s.per_group(), last = first + s.per_group();
-    const auto residual = [&](std::size_t row) { return in.kind == Residual::full ? in.residual + row * s.pixels : nullptr; };
-    const auto shift = [&](std::size_t row) { return in.kind == Residual::channel ? in.residual[row] : 0.0f; };
     Moments moments{0, 0, 0};
     if (in.kind == Residual::channel)
-        for (std::size_t row = first; row < last; ++row) add_row(in.x + row * s.pixels, nullptr, shift(row), s.pixels, moments);
+        for (std::size_t row = first; row < last; ++row)
+            add_row(in.x + row * s.pixels, nullptr, in.shift(row), s.pixels, moments);
     else  // a group's rows lie end to end
-        add_row(in.x + first * s.pixels, residual(first), 0.0f, s.per_group() * s.pixels, moments);
+        add_row(in.x + first * s.pixels, in.full(first * s.pixels), 0.0f, s.per_group() * s.pixels, moments);
     const GroupStats found(moments, in.eps);
     found.write(stats + sample * 3 * s.groups + group, s.groups);
     for (std::size_t row = first; row < last; ++row) {
         const std::size_t c = row - sample * s.channels, at = row * s.pixels;
-        const Affine f = found.affine(in.weight[c], in.bias[c]);
-        rows().norm->row_apply(in.x + at, residual(row), shift(row), s.pixels, f, in.silu, out + at);
+        const Affine f = found.affine(in.weight[c], in.bias[c], in.shift(row));
+        rows().norm->row_apply(in.x + at, in.full(at), s.pixels, f, in.silu, out + at);
     }
 }
 
@@ -98,75 +117,80 @@ inline void group_norm_silu_contiguous(const NormInputs& in, const NormShape& s,
 
 // ---- channels last: a pixel is a row, and every channel has sums of its own ----
 
-// A sample's work: tiles that are summed twice while the second-level cache has them, four to a thread's piece.
-struct Pieces {
-    std::size_t tile, span, count;
-    explicit Pieces(const NormShape& s)
-        : tile(std::max<std::size_t>(1, 32768 / s.channels)), span(4 * tile), count((s.pixels + span - 1) / span) {}
-};
+// How many pieces of nearly the same size a sample's pixels make: a block of statistics each, short enough for sums in
+// float32.
+inline std::size_t piece_count(const NormShape& s) {
+    const std::size_t most = std::clamp<std::size_t>(131072 / s.channels, 1, 256);
+    return (s.pixels + most - 1) / most;
+}
 
 struct ChannelsLast {
     const NormInputs& in;
     const NormShape& s;
-    const Pieces pieces;
-    std::vector<double> mean, squares;  // [n, pieces, channels]
-    std::vector<float> affine;          // [n, 3, channels]: centre, scale, offset
+    const std::size_t pieces;
+    std::vector<Moments> moments;  // [n, pieces, groups]
+    std::vector<float> affine;     // [n, 3, channels]: centre, scale, offset
 
     ChannelsLast(const NormInputs& inputs, const NormShape& shape)
-        : in(inputs), s(shape), pieces(shape), mean(s.n * pieces.count * s.channels), squares(mean.size()),
-          affine(s.n * 3 * s.channels) {}
+        : in(inputs), s(shape), pieces(piece_count(shape)), moments(s.n * pieces * s.groups), affine(s.n * 3 * s.channels) {}
 
-    std::size_t offset(std::size_t i) const { return i / pieces.count * s.sample() + i % pieces.count * pieces.span * s.channels; }
-    std::size_t pixels(std::size_t i) const { return std::min(pieces.span, s.pixels - i % pieces.count * pieces.span); }
-    const float* residual(std::size_t i, std::size_t at) const {
-        if (in.kind == Residual::full) return in.residual + at;
-        return in.kind == Residual::channel ? in.residual + i / pieces.count * s.channels : nullptr;
-    }
+    std::size_t sample(std::size_t i) const { return i / pieces; }
+    std::size_t from(std::size_t i) const { return i % pieces * s.pixels / pieces; }
+    std::size_t pixels(std::size_t i) const { return (i % pieces + 1) * s.pixels / pieces - from(i); }
+    std::size_t offset(std::size_t i) const { return sample(i) * s.sample() + from(i) * s.channels; }
 
     void add_piece(std::size_t i) {
-        for (std::size_t from = 0; from < pixels(i); from += pieces.tile) {
-            const std::size_t at = offset(i) + from * s.channels, count = std::min(pieces.tile, pixels(i) - from);
-            rows().norm->column_moments(in.x + at, residual(i, at), in.kind, count, s.channels, static_cast<double>(from),
-                                  &mean[i * s.channels], &squares[i * s.channels]);
-        }
+        const float *x = in.x + offset(i), *residual = in.full(offset(i));
+        const std::size_t width = s.per_group(), some = std::min<std::size_t>(pixels(i), 8);
+        std::vector<float> centre(s.channels), two(2 * s.channels);
+        // A group's centre is the mean of some pixels from all over the piece.
+        rows().norm->column_sums(x, residual, some, pixels(i) / some * s.channels, s.channels, centre.data(), two.data());
+        for (std::size_t first = 0; first < s.channels; first += width)
+            std::fill_n(&centre[first], width, mean_of(&two[first], nullptr, width) / static_cast<float>(some));
+        rows().norm->column_sums(x, residual, pixels(i), s.channels, s.channels, centre.data(), two.data());
+        for (std::size_t group = 0; group < s.groups; ++group)
+            moments[i * s.groups + group] = group_moments(i, group * width, centre[group * width], two.data());
     }
 
-    // The mean of the pieces' means first, then squares around it: merging one by one would divide for every channel.
-    void merge_group(std::size_t sample, std::size_t group, float* stats) {
-        const std::size_t first = group * s.per_group(), last = first + s.per_group();
-        Moments moments{static_cast<double>(s.per_group() * s.pixels), 0, 0};
-        const auto each = [&](auto add) {
-            for (std::size_t i = sample * pieces.count; i < (sample + 1) * pieces.count; ++i)
-                for (std::size_t at = i * s.channels + first; at < i * s.channels + last; ++at)
-                    add(static_cast<double>(pixels(i)), mean[at], squares[at]);
-        };
-        each([&](double count, double its_mean, double) { moments.mean += count * its_mean; });
-        moments.mean /= moments.count;
-        each([&](double count, double its_mean, double its_squares) {
-            moments.squares += its_squares + count * (its_mean - moments.mean) * (its_mean - moments.mean);
-        });
-        const GroupStats found(moments, in.eps);
-        found.write(stats + sample * 3 * s.groups + group, s.groups);
-        float* to = &affine[sample * 3 * s.channels];
-        for (std::size_t c = first; c < last; ++c) {
-            const Affine f = found.affine(in.weight[c], in.bias[c]);
+    // From its channels' sums around one centre, and what is added to each channel.
+    Moments group_moments(std::size_t i, std::size_t first, float centre, const float* two) const {
+        const double count = static_cast<double>(pixels(i));
+        double sum = 0, squares = 0;
+        for (std::size_t c = first; c < first + s.per_group(); ++c) {
+            const double shift = in.shift(sample(i) * s.channels + c), its_sum = two[c];
+            sum += its_sum + count * shift;
+            squares += two[s.channels + c] + (2 * its_sum + count * shift) * shift;
+        }
+        return block_moments(count * static_cast<double>(s.per_group()), centre, 0.0f, sum, squares);
+    }
+
+    void merge_group(std::size_t n, std::size_t group, float* stats) {
+        Moments total{0, 0, 0};
+        for (std::size_t i = n * pieces; i < (n + 1) * pieces; ++i)
+            total.merge(moments[i * s.groups + group]);
+        const GroupStats found(total, in.eps);
+        found.write(stats + n * 3 * s.groups + group, s.groups);
+        float* to = &affine[n * 3 * s.channels];
+        for (std::size_t c = group * s.per_group(); c < (group + 1) * s.per_group(); ++c) {
+            const Affine f = found.affine(in.weight[c], in.bias[c], in.shift(n * s.channels + c));
             to[c] = f.centre, to[s.channels + c] = f.scale, to[2 * s.channels + c] = f.offset;
         }
     }
 
     void apply_piece(std::size_t i, float* out) const {
         const std::size_t at = offset(i);
-        rows().norm->column_apply(in.x + at, residual(i, at), in.kind, pixels(i), s.channels,
-                            &affine[i / pieces.count * 3 * s.channels], in.silu, out + at);
+        rows().norm->column_apply(in.x + at, in.full(at), pixels(i), s.channels, &affine[sample(i) * 3 * s.channels], in.silu,
+                                  out + at);
     }
 };
 
 inline void group_norm_silu_channels_last(const NormInputs& in, const NormShape& s, float* out, float* stats) {
     ChannelsLast work(in, s);
-    const std::size_t all = s.n * work.pieces.count;
+    const std::size_t all = s.n * work.pieces;
     parallel_for(all, s.bytes(), [&](std::size_t i) { work.add_piece(i); });
     for (std::size_t i = 0; i < s.n * s.groups; ++i) work.merge_group(i / s.groups, i % s.groups, stats);
-    parallel_for(all, s.bytes(), [&](std::size_t i) { work.apply_piece(i, out); });
+    // From the end: the caches still have what was read last.
+    parallel_for(all, s.bytes(), [&](std::size_t i) { work.apply_piece(all - 1 - i, out); });
 }
 
 }  // namespace tintype

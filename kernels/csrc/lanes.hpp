@@ -155,10 +155,9 @@ TINTYPE_INLINE float sum(Lanes v) {
     return v[0];
 }
 
-// exp(x) to some 10^-7 of exp(x) for small x, 10^-6 for the largest: with x / ln 2 = n + f, 2^f by a polynomial of least
-// relative error on [-1/2, 1/2] (9e-8), and n added to its exponent.
-TINTYPE_INLINE Lanes exp(Lanes x) {
-    const Lanes t = smaller(larger(x * 1.44269504f, all(-126.0f)), all(126.0f));
+// 2^t: with t = n + f, 2^f by a polynomial of least relative error on [-1/2, 1/2] (9e-8), and n added to its exponent.
+TINTYPE_INLINE Lanes exp2(Lanes t) {
+    t = smaller(larger(t, all(-126.0f)), all(126.0f));
     const Lanes shifted = t + 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the last bits
     const Lanes f = t - (shifted - 12582912.0f);
     Lanes y = f * 1.32647e-3f + 9.67151e-3f;
@@ -184,7 +183,8 @@ TINTYPE_INLINE Lanes reciprocal(Lanes x) {
 #endif
 }
 
-TINTYPE_INLINE Lanes silu(Lanes x) { return x * reciprocal(exp(all(0.0f) - x) + 1.0f); }
+// x / (1 + exp(-x)); the factor is -1 / ln 2.
+TINTYPE_INLINE Lanes silu(Lanes x) { return x * reciprocal(exp2(x * -1.44269504f) + 1.0f); }
 
 }  // namespace TINTYPE_SIMD
 }  // namespace tintype

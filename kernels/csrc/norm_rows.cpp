@@ -7,24 +7,38 @@ namespace TINTYPE_SIMD {
 
 // h = x + residual, a register of it.
 template <bool Full>
-TINTYPE_INLINE Lanes row_values(const float* x, const float* residual, float shift) {
-    return load<Lanes>(x) + (Full ? load<Lanes>(residual) : all(shift));
+TINTYPE_INLINE Lanes values(const float* x, const float* residual, std::size_t at) {
+    return Full ? load<Lanes>(x + at) + load<Lanes>(residual + at) : load<Lanes>(x + at);
+}
+
+// The `width` < kLanes elements that a row's last register is not full with, and zeros.
+TINTYPE_INLINE Lanes load_some(const float* from, std::size_t width) {
+    Lanes v = {};
+    std::memcpy(&v, from, width * sizeof(float));
+    return v;
 }
 
 template <bool Full>
-TINTYPE_INLINE void row_sums_of(const float* x, const float* residual, float shift, std::size_t n, float centre, float* two) {
+TINTYPE_INLINE Lanes some_values(const float* x, const float* residual, std::size_t at, std::size_t width) {
+    const Lanes h = load_some(x + at, width);
+    return Full ? h + load_some(residual + at, width) : h;
+}
+
+TINTYPE_INLINE void store_some(float* to, Lanes v, std::size_t width) { std::memcpy(to, &v, width * sizeof(float)); }
+
+template <bool Full>
+TINTYPE_INLINE void row_sums_of(const float* x, const float* residual, std::size_t n, float centre, float* two) {
     constexpr std::size_t chains = 4;  // independent sums, so that additions overlap
     Lanes s[chains] = {}, q[chains] = {};
     std::size_t i = 0;
     for (; i + chains * kLanes <= n; i += chains * kLanes)
         for (std::size_t chain = 0; chain < chains; ++chain) {
-            const std::size_t at = i + chain * kLanes;
-            const Lanes h = row_values<Full>(x + at, residual + (Full ? at : 0), shift) - centre;
+            const Lanes h = values<Full>(x, residual, i + chain * kLanes) - centre;
             s[chain] += h;
             q[chain] += h * h;
         }
     for (std::size_t lane = 0; i < n; ++i, lane = (lane + 1) % kLanes) {
-        const float h = (x[i] + (Full ? residual[i] : shift)) - centre;
+        const float h = (Full ? x[i] + residual[i] : x[i]) - centre;
         s[0][lane] = s[0][lane] + h;
         q[0][lane] = q[0][lane] + h * h;
     }
@@ -32,123 +46,104 @@ TINTYPE_INLINE void row_sums_of(const float* x, const float* residual, float shi
     two[1] = sum((q[0] + q[1]) + (q[2] + q[3]));
 }
 
-static void row_sums(const float* x, const float* residual, float shift, std::size_t n, float centre, float* two) {
-    if (residual)
-        row_sums_of<true>(x, residual, shift, n, centre, two);
-    else
-        row_sums_of<false>(x, x, shift, n, centre, two);
-}
-
-template <bool Full, bool Silu>
-TINTYPE_INLINE void row_apply_of(const float* x, const float* residual, float shift, std::size_t n, Affine f, float* out) {
-    const auto apply = [&](const float* from, const float* extra, float* to) {
-        const Lanes z = (row_values<Full>(from, extra, shift) - f.centre) * f.scale + f.offset;
-        store(to, Silu ? silu(z) : z);
-    };
-    std::size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) apply(x + i, residual + (Full ? i : 0), out + i);
-    if (i == n) return;
-    float padded[3][kLanes] = {};
-    std::memcpy(padded[0], x + i, (n - i) * sizeof(float));
-    if (Full) std::memcpy(padded[1], residual + i, (n - i) * sizeof(float));
-    apply(padded[0], padded[1], padded[2]);
-    std::memcpy(out + i, padded[2], (n - i) * sizeof(float));
-}
-
-static void row_apply(const float* x, const float* residual, float shift, std::size_t n, Affine f, bool silu, float* out) {
-    if (residual)
-        silu ? row_apply_of<true, true>(x, residual, shift, n, f, out) : row_apply_of<true, false>(x, residual, shift, n, f, out);
-    else
-        silu ? row_apply_of<false, true>(x, x, shift, n, f, out) : row_apply_of<false, false>(x, x, shift, n, f, out);
-}
-
-// A register of channels, or the `width` that are left: a short load or store goes through a buffer.
-TINTYPE_INLINE Lanes load_some(const float* from, std::size_t width) {
-    if (width == kLanes) return load<Lanes>(from);
-    Lanes v = {};
-    std::memcpy(&v, from, width * sizeof(float));
-    return v;
-}
-
-TINTYPE_INLINE void store_some(float* to, Lanes v, std::size_t width) {
-    if (width == kLanes) return store(to, v);
-    std::memcpy(to, &v, width * sizeof(float));
-}
-
-template <Residual Kind>
-TINTYPE_INLINE Lanes column_values(const float* x, const float* residual, std::size_t at, std::size_t width, Lanes shift) {
-    const Lanes h = load_some(x + at, width);
-    return Kind == Residual::none ? h : h + (Kind == Residual::full ? load_some(residual + at, width) : shift);
-}
-
-// Sums around a centre, twice, of a register of channels; then the merge into what came before.
-template <Residual Kind>
-TINTYPE_INLINE void columns(const float* x, const float* residual, std::size_t pixels, std::size_t stride, std::size_t width,
-                            double before, double* mean, double* squares) {
-    const Lanes shift = Kind == Residual::channel ? load_some(residual, width) : Lanes{};
-    const float count = static_cast<float>(pixels);
-    Lanes centre = {}, s = {}, q = {};
-    for (std::size_t row = 0; row < pixels; ++row) centre += column_values<Kind>(x, residual, row * stride, width, shift);
-    centre = centre / count;
-    for (std::size_t row = 0; row < pixels; ++row) {
-        const Lanes h = column_values<Kind>(x, residual, row * stride, width, shift) - centre;
-        s += h;
-        q += h * h;
-    }
-    const double share = pixels / (before + pixels);
-    for (std::size_t lane = 0; lane < width; ++lane) {
-        const double away = static_cast<double>(s[lane]) / count, delta = centre[lane] + away - mean[lane];
-        squares[lane] += q[lane] - away * s[lane] + delta * delta * before * share;
-        mean[lane] += delta * share;
-    }
-}
-
-template <Residual Kind>
-TINTYPE_INLINE void column_moments_of(const float* x, const float* residual, std::size_t pixels, std::size_t channels,
-                                      double before, double* mean, double* squares) {
-    std::size_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes)
-        columns<Kind>(x + c, residual + c, pixels, channels, kLanes, before, mean + c, squares + c);
-    if (c < channels) columns<Kind>(x + c, residual + c, pixels, channels, channels - c, before, mean + c, squares + c);
-}
-
-static void column_moments(const float* x, const float* residual, Residual kind, std::size_t pixels, std::size_t channels,
-                           double before, double* mean, double* squares) {
-    if (kind == Residual::full) return column_moments_of<Residual::full>(x, residual, pixels, channels, before, mean, squares);
-    if (kind == Residual::channel)
-        return column_moments_of<Residual::channel>(x, residual, pixels, channels, before, mean, squares);
-    column_moments_of<Residual::none>(x, x, pixels, channels, before, mean, squares);
-}
-
-template <Residual Kind, bool Silu>
-TINTYPE_INLINE void column_apply_of(const float* x, const float* residual, std::size_t pixels, std::size_t channels,
-                                    const float* affine, float* out) {
-    const float *centre = affine, *scale = affine + channels, *offset = affine + 2 * channels;
-    for (std::size_t row = 0; row < pixels; ++row)
-        for (std::size_t c = 0; c < channels; c += kLanes) {
-            const std::size_t at = row * channels + c, width = channels - c < kLanes ? channels - c : kLanes;
-            const Lanes shift = Kind == Residual::channel ? load_some(residual + c, width) : Lanes{};
-            const Lanes h = column_values<Kind>(x, residual, at, width, shift) - load_some(centre + c, width);
-            const Lanes z = h * load_some(scale + c, width) + load_some(offset + c, width);
-            store_some(out + at, Silu ? silu(z) : z, width);
-        }
+static void row_sums(const float* x, const float* residual, std::size_t n, float centre, float* two) {
+    residual ? row_sums_of<true>(x, residual, n, centre, two) : row_sums_of<false>(x, residual, n, centre, two);
 }
 
 template <bool Silu>
-TINTYPE_INLINE void column_apply_to(const float* x, const float* residual, Residual kind, std::size_t pixels,
-                                    std::size_t channels, const float* affine, float* out) {
-    if (kind == Residual::full) return column_apply_of<Residual::full, Silu>(x, residual, pixels, channels, affine, out);
-    if (kind == Residual::channel) return column_apply_of<Residual::channel, Silu>(x, residual, pixels, channels, affine, out);
-    column_apply_of<Residual::none, Silu>(x, x, pixels, channels, affine, out);
+TINTYPE_INLINE Lanes applied(Lanes h, Lanes centre, Lanes scale, Lanes offset) {
+    const Lanes z = (h - centre) * scale + offset;
+    return Silu ? silu(z) : z;
 }
 
-static void column_apply(const float* x, const float* residual, Residual kind, std::size_t pixels, std::size_t channels,
-                         const float* affine, bool silu, float* out) {
-    silu ? column_apply_to<true>(x, residual, kind, pixels, channels, affine, out)
-         : column_apply_to<false>(x, residual, kind, pixels, channels, affine, out);
+template <bool Full, bool Silu>
+TINTYPE_INLINE void row_apply_of(const float* x, const float* residual, std::size_t n, Affine f, float* out) {
+    const Lanes centre = all(f.centre), scale = all(f.scale), offset = all(f.offset);
+    std::size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, applied<Silu>(values<Full>(x, residual, i), centre, scale, offset));
+    if (i < n) store_some(out + i, applied<Silu>(some_values<Full>(x, residual, i, n - i), centre, scale, offset), n - i);
 }
 
-extern const NormRows norm_rows = {row_sums, row_apply, column_moments, column_apply};
+static void row_apply(const float* x, const float* residual, std::size_t n, Affine f, bool silu, float* out) {
+    if (residual)
+        silu ? row_apply_of<true, true>(x, residual, n, f, out) : row_apply_of<true, false>(x, residual, n, f, out);
+    else
+        silu ? row_apply_of<false, true>(x, residual, n, f, out) : row_apply_of<false, false>(x, residual, n, f, out);
+}
+
+// Adds `Pixels` rows to the sums, which pass through the first-level cache once for all of them: memory is read in the
+// order in which it lies.
+template <bool Full, std::size_t Pixels>
+TINTYPE_INLINE void add_pixels(const float* x, const float* residual, std::size_t stride, std::size_t channels,
+                               const float* centre, float* two) {
+    const auto add = [&](auto load_h, Lanes around, Lanes& s, Lanes& q) {
+        for (std::size_t pixel = 0; pixel < Pixels; ++pixel) {
+            const Lanes h = load_h(pixel * stride) - around;
+            s += h;
+            q += h * h;
+        }
+    };
+    float *sums = two, *squares = two + channels;
+    std::size_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+        Lanes s = load<Lanes>(sums + c), q = load<Lanes>(squares + c);
+        add([&](std::size_t at) { return values<Full>(x, residual, at + c); }, load<Lanes>(centre + c), s, q);
+        store(sums + c, s), store(squares + c, q);
+    }
+    if (c == channels) return;
+    const std::size_t width = channels - c;
+    Lanes s = load_some(sums + c, width), q = load_some(squares + c, width);
+    add([&](std::size_t at) { return some_values<Full>(x, residual, at + c, width); }, load_some(centre + c, width), s, q);
+    store_some(sums + c, s, width), store_some(squares + c, q, width);
+}
+
+template <bool Full>
+TINTYPE_INLINE void column_sums_of(const float* x, const float* residual, std::size_t pixels, std::size_t stride,
+                                   std::size_t channels, const float* centre, float* two) {
+    constexpr std::size_t together = 4;
+    std::memset(two, 0, 2 * channels * sizeof(float));
+    const auto extra = [&](std::size_t at) { return Full ? residual + at : nullptr; };
+    std::size_t pixel = 0;
+    for (; pixel + together <= pixels; pixel += together)
+        add_pixels<Full, together>(x + pixel * stride, extra(pixel * stride), stride, channels, centre, two);
+    for (; pixel < pixels; ++pixel)
+        add_pixels<Full, 1>(x + pixel * stride, extra(pixel * stride), stride, channels, centre, two);
+}
+
+static void column_sums(const float* x, const float* residual, std::size_t pixels, std::size_t stride, std::size_t channels,
+                        const float* centre, float* two) {
+    residual ? column_sums_of<true>(x, residual, pixels, stride, channels, centre, two)
+             : column_sums_of<false>(x, residual, pixels, stride, channels, centre, two);
+}
+
+template <bool Full, bool Silu>
+TINTYPE_INLINE void column_apply_of(const float* x, const float* residual, std::size_t pixels, std::size_t channels,
+                                    const float* affine, float* out) {
+    const float *centre = affine, *scale = affine + channels, *offset = affine + 2 * channels;
+    const std::size_t whole = channels / kLanes * kLanes, width = channels - whole;
+    for (std::size_t row = 0; row < pixels * channels; row += channels) {
+        for (std::size_t c = 0; c < whole; c += kLanes)
+            store(out + row + c, applied<Silu>(values<Full>(x, residual, row + c), load<Lanes>(centre + c),
+                                               load<Lanes>(scale + c), load<Lanes>(offset + c)));
+        if (width)
+            store_some(out + row + whole,
+                       applied<Silu>(some_values<Full>(x, residual, row + whole, width), load_some(centre + whole, width),
+                                     load_some(scale + whole, width), load_some(offset + whole, width)),
+                       width);
+    }
+}
+
+static void column_apply(const float* x, const float* residual, std::size_t pixels, std::size_t channels, const float* affine,
+                         bool silu, float* out) {
+    if (residual)
+        silu ? column_apply_of<true, true>(x, residual, pixels, channels, affine, out)
+             : column_apply_of<true, false>(x, residual, pixels, channels, affine, out);
+    else
+        silu ? column_apply_of<false, true>(x, residual, pixels, channels, affine, out)
+             : column_apply_of<false, false>(x, residual, pixels, channels, affine, out);
+}
+
+extern const NormRows norm_rows = {row_sums, row_apply, column_sums, column_apply};
 
 }  // namespace TINTYPE_SIMD
 }  // namespace tintype

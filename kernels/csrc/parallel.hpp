@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdlib>
@@ -38,12 +39,16 @@ public:
         {
             std::lock_guard<std::mutex> lock(mutex_);
             while (workers_ < helpers) start_worker();
-            piece_ = &piece, pieces_ = pieces, next_ = 0;
-            invited_ = working_ = helpers;
+            piece_ = &piece, pieces_ = pieces, next_ = 0, invited_ = helpers;
             ++round_;
         }
         wake_.notify_all();
         take_pieces();
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            invited_ = 0;  // whoever has not come by now finds nothing to do
+        }
+        linger([this] { return working_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return working_ == 0; });
     }
@@ -67,20 +72,29 @@ private:
     }
 
     void start_worker() {
-        const std::size_t index = workers_++;
-        std::thread([this, index, seen = round_]() mutable {
+        ++workers_;
+        std::thread([this, seen = round_.load()]() mutable {
             for (;;) {
+                linger([&] { return round_ != seen; });
                 {
                     std::unique_lock<std::mutex> lock(mutex_);
                     wake_.wait(lock, [&] { return round_ != seen; });
                     seen = round_;
-                    if (index >= invited_) continue;
+                    if (invited_ == 0) continue;
+                    --invited_, ++working_;
                 }
                 take_pieces();
                 std::lock_guard<std::mutex> lock(mutex_);
                 if (--working_ == 0) done_.notify_one();
             }
         }).detach();
+    }
+
+    // Watches a while for what mostly comes at once: to be woken takes longer than many a loop.
+    template <class Ready>
+    static void linger(Ready ready) {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+        while (!ready() && std::chrono::steady_clock::now() < until) continue;
     }
 
     void take_pieces() {
@@ -90,8 +104,8 @@ private:
     std::atomic<int> threads_{1};
     std::mutex owner_, mutex_;
     std::condition_variable wake_, done_;
-    std::size_t workers_ = 0, invited_ = 0, working_ = 0, round_ = 0, pieces_ = 0;
-    std::atomic<std::size_t> next_{0};
+    std::size_t workers_ = 0, invited_ = 0, pieces_ = 0;
+    std::atomic<std::size_t> next_{0}, working_{0}, round_{0};
     const std::function<void(std::size_t)>* piece_ = nullptr;
 };
 

@@ -18,17 +18,18 @@ struct Affine {
     float centre, scale, offset;
 };
 
-// Plain functions of pointers: nothing here may instantiate code that another instruction set's object also holds.
+// Plain functions of pointers: nothing here may instantiate code that another instruction set's object also holds. Each
+// is of h = x + residual, or of x where residual is null.
 struct NormRows {
-    // Sum and squared sum of x + residual (or + shift, where residual is null) - centre.
-    void (*row_sums)(const float* x, const float* residual, float shift, std::size_t n, float centre, float* two);
-    void (*row_apply)(const float* x, const float* residual, float shift, std::size_t n, Affine f, bool silu, float* out);
-    // The same per channel of [pixels, channels]; the moments are merged into `mean` and `squares` of `before` pixels.
-    void (*column_moments)(const float* x, const float* residual, Residual kind, std::size_t pixels, std::size_t channels,
-                           double before, double* mean, double* squares);
+    // Sum and squared sum of h - centre.
+    void (*row_sums)(const float* x, const float* residual, std::size_t n, float centre, float* two);
+    void (*row_apply)(const float* x, const float* residual, std::size_t n, Affine f, bool silu, float* out);
+    // The same per channel of h [pixels, channels], pixels lying `stride` apart: `two` is [2, channels].
+    void (*column_sums)(const float* x, const float* residual, std::size_t pixels, std::size_t stride, std::size_t channels,
+                        const float* centre, float* two);
     // `affine` is [3, channels]: centre, scale, offset.
-    void (*column_apply)(const float* x, const float* residual, Residual kind, std::size_t pixels, std::size_t channels,
-                         const float* affine, bool silu, float* out);
+    void (*column_apply)(const float* x, const float* residual, std::size_t pixels, std::size_t channels, const float* affine,
+                         bool silu, float* out);
 };
 
 struct Rows {

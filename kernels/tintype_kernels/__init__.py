@@ -11,27 +11,35 @@ from tintype_kernels.philox import philox_uint32
 from tintype_kernels.scheduler_step import NoiseKey, Row, scheduler_step
 
 if TYPE_CHECKING:
+    from tintype_kernels.ops.activate_quantized import activate_quantized
     from tintype_kernels.ops.attention import attention
     from tintype_kernels.ops.fp8_linear import fp8_linear
     from tintype_kernels.ops.gate_residual import gate_residual
     from tintype_kernels.ops.geglu import geglu
+    from tintype_kernels.ops.geglu_quantized import geglu_quantized
     from tintype_kernels.ops.group_norm_silu import group_norm_silu
     from tintype_kernels.ops.int4_linear import int4_linear
     from tintype_kernels.ops.int8_linear import int8_linear
     from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate
+    from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
     from tintype_kernels.ops.qk_norm_rope import qk_norm_rope
     from tintype_kernels.ops.quantise import quantize_fp8, quantize_int4, quantize_int8
+    from tintype_kernels.ops.quantised_rows import QuantizedRows
 
 # Each op on tensors, with the module of `tintype_kernels.ops` that holds it.
 _TENSOR_OPS = {
+    "QuantizedRows": "quantised_rows",
+    "activate_quantized": "activate_quantized",
     "attention": "attention",
     "fp8_linear": "fp8_linear",
     "gate_residual": "gate_residual",
     "geglu": "geglu",
+    "geglu_quantized": "geglu_quantized",
     "group_norm_silu": "group_norm_silu",
     "int4_linear": "int4_linear",
     "int8_linear": "int8_linear",
     "layer_norm_modulate": "layer_norm_modulate",
+    "layer_norm_modulate_quantized": "layer_norm_modulate_quantized",
     "qk_norm_rope": "qk_norm_rope",
     "quantize_fp8": "quantise",
     "quantize_int4": "quantise",
@@ -41,16 +49,20 @@ _TENSOR_OPS = {
 __all__ = [
     "KernelUnavailable",
     "NoiseKey",
+    "QuantizedRows",
     "Row",
+    "activate_quantized",
     "attention",
     "fp8_linear",
     "gate_residual",
     "geglu",
+    "geglu_quantized",
     "group_norm_silu",
     "implementation",
     "int4_linear",
     "int8_linear",
     "layer_norm_modulate",
+    "layer_norm_modulate_quantized",
     "philox_uint32",
     "qk_norm_rope",
     "quantize_fp8",

@@ -30,6 +30,7 @@ from unittest import mock
 import torch
 
 from tintype_kernels import ops
+from tintype_kernels.ops.quantised_rows import OLDEST_ARCH
 from tintype_kernels.torch_op import TorchOp
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -100,21 +101,23 @@ def op_modules() -> Iterator[ModuleType]:
             yield module
 
 
-def runs_on(module: ModuleType, arch: int) -> bool:
-    """Whether the op's file asks for nothing newer, in `OLDEST_ARCH`."""
-    oldest: int = getattr(module, "OLDEST_ARCH", 0)
-    return arch >= oldest
-
-
 def compile_op(module: ModuleType, arch: int) -> Iterator[Compiled]:
     """Compile what the op launches over its cases; a kernel that an earlier case compiled is passed over."""
     name = module.__name__.rpartition(".")[2]
     seen: set[str] = set()
-    for case, arguments in module.cases(_make, batch=1):
+    for case, arguments in cases(module, arch):
         for kernel, binary in _launched(getattr(module, name), arguments, arch):
             if binary.hash not in seen:
                 seen.add(binary.hash)
                 yield _report(name, case, kernel, arch, binary)
+
+
+def cases(module: ModuleType, arch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the op is compiled for: arguments without memory, where they ask for no codes newer than `arch`."""
+    for case, arguments in module.cases(_make, batch=1):
+        scheme = arguments.get("scheme", getattr(module, "SCHEME", ""))
+        if arch >= OLDEST_ARCH.get(scheme, 0):
+            yield case, arguments
 
 
 def _make(*shape: int) -> torch.Tensor:
@@ -127,6 +130,9 @@ def _launched(
     calls: list[tuple[TorchOp, tuple[Any, ...], Any]] = []
 
     def call(op: TorchOp, *inputs: Any) -> Any:
+        for name, form in op.variants.items():
+            if not op.obstacles[name](*inputs):
+                form(*inputs)
         outputs = op.implementations["triton"](*inputs)
         calls.append((op, inputs, outputs))
         return outputs
@@ -188,12 +194,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Compiled]:
     """Every op for every architecture, in as many processes as there are cores."""
-    tasks = [
-        (module.__name__, arch)
-        for arch in architectures
-        for module in op_modules()
-        if runs_on(module, arch)
-    ]
+    tasks = [(module.__name__, arch) for arch in architectures for module in op_modules()]
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for compiled in pool.map(_compile_task, tasks):
@@ -210,7 +211,7 @@ def line(compiled: Compiled) -> str:
     """One row of the table."""
     c = compiled
     numbers = f"sm_{c.arch:<4} {c.registers:4} {c.shared_bytes:7} {c.spilled_bytes:5}"
-    return f"{c.op:20} {c.case:30} {c.kernel:26} {numbers} {c.tensor_cores:8} {c.fault}".rstrip()
+    return f"{c.op:30} {c.case:32} {c.kernel:26} {numbers} {c.tensor_cores:8} {c.fault}".rstrip()
 
 
 def main() -> int:
@@ -221,7 +222,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set; a kernel that is interpreted cannot be compiled")
     print(
-        f"{'op':20} {'case':30} {'kernel':26} {'arch':7} {'regs':>4} {'shared':>7} {'spill':>5} tensor cores"
+        f"{'op':30} {'case':32} {'kernel':26} {'arch':7} {'regs':>4} {'shared':>7} {'spill':>5} tensor cores"
     )
     rows = []
     for compiled in compile_all(tuple(options.arch) or ARCHITECTURES):

@@ -27,23 +27,25 @@ Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 
 class Choices:
-    """A table (op, dtype, shape) -> form in a JSON file, which several processes may share."""
+    """A table (op, dtype, shape) -> milliseconds by form in a JSON file, which several processes may share."""
 
     def __init__(self, path: Path, timer: Timer) -> None:
         self._path, self._timer = path, timer
         self._table = _read(path)
 
     def fastest(self, key: str, forms: Forms, *, measure: bool) -> str:
-        """The name of a form that is known to be the fastest, or nothing."""
-        known = self._table.get(key, {}).get("fastest", "")
-        if known in forms or not measure:
-            return known if known in forms else ""
-        times = {name: self._timer(form) for name, form in forms.items()}
-        fastest = min(times, key=lambda name: times[name])
-        # What others have measured since is kept.
-        self._table = _read(self._path) | {key: {"fastest": fastest, "milliseconds": times}}
-        replace_text(self._path, json.dumps(self._table, indent=1) + "\n")
-        return fastest
+        """The name of the form that is known to be the fastest of these, or nothing."""
+        times = self._table.get(key, {})
+        if not forms.keys() <= times.keys():
+            if not measure:
+                return ""
+            times = {name: self._timer(form) for name, form in forms.items()}
+            # What others have measured since is kept.
+            table = _read(self._path)
+            times = table.get(key, {}) | times
+            self._table = table | {key: times}
+            replace_text(self._path, json.dumps(self._table, indent=1) + "\n")
+        return min(forms, key=lambda name: times[name])
 
 
 def shape_class(op: str, arguments: tuple[Any, ...]) -> str:
@@ -84,6 +86,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _sizes(tensor: Tensor) -> str:
-    """What has elements of eight bits is a quantised weight, and has no batch to leave out."""
-    sizes = tensor.shape if tensor.element_size() == 1 else tensor.shape[1:]
+    """A matrix of eight bits is a quantised weight, and has no batch to leave out."""
+    weight = tensor.element_size() == 1 and tensor.ndim == 2
+    sizes = tensor.shape if weight else tensor.shape[1:]
     return "x".join(str(1 << max(size - 1, 0).bit_length()) for size in sizes)

@@ -1,12 +1,14 @@
 """Which implementation of an op runs: `TINTYPE_KERNELS` = auto (default) | triton | native | reference.
 
-The variable is read at each call. auto takes the first that can run, and never interprets Triton.
+The variable is read at each call. auto takes the first that can run, and never interprets Triton. An op may have
+variants of Triton's form, by names of their own, `triton_...`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from tintype_kernels import native as extension
 
@@ -23,22 +25,29 @@ def interpreting() -> bool:
 
 
 def select(
-    *, triton: str, native: str, fastest: Callable[[list[str]], str] = lambda able: ""
+    *,
+    triton: str,
+    native: str,
+    variants: Mapping[str, str] = MappingProxyType({}),
+    fastest: Callable[[list[str]], str] = lambda able: "",
 ) -> str:
     """Name the implementation for this call.
 
-    `triton` and `native` say why that one cannot run, or are empty; `fastest` is asked, of those that can, which one
-    has been measured to be the fastest, and may not know.
+    `triton` and `native` say why that one cannot run, or are empty; so do `variants`, more of Triton's forms, named
+    `triton_...`, that go before it. `fastest` is asked, of several that can, which one has been measured to be the
+    fastest, and may not know.
     """
     wanted = os.environ.get(VARIABLE, "auto") or "auto"
-    obstacles = {"triton": triton, "native": native, "reference": ""}
+    obstacles = {**variants, "triton": triton, "native": native, "reference": ""}
     able = [name for name, obstacle in obstacles.items() if not obstacle]
     if wanted == "auto":
         known = fastest(able)
-        return known or next(name for name in able if name != "triton" or not interpreting())
-    if wanted in able:
-        return wanted
-    why = f": {obstacles[wanted]}" if wanted in obstacles else ""
+        return known or next(n for n in able if not (n.startswith("triton") and interpreting()))
+    # An op without that variant of Triton's has Triton's form.
+    name = wanted if wanted in obstacles else wanted.partition("_")[0]
+    if name in able:
+        return name
+    why = f": {obstacles[name]}" if name in obstacles else ""
     raise KernelUnavailable(
         f"{VARIABLE}={wanted} cannot run here{why}; choose one of auto, {', '.join(able)}"
     )

@@ -22,8 +22,9 @@ class TorchOp:
 
     Every implementation takes the op's arguments by position and gives new tensors of the shapes and strides that
     `fake` gives; the op's schema is read off the annotations of `reference`. `obstacles` holds, by the name of an
-    implementation, a function of the op's arguments that says why it cannot take them, or nothing. `unmeasured` is
-    the form that runs on a GPU where nothing was measured, if not the first that can.
+    implementation, a function of the op's arguments that says why it cannot take them, or nothing. `variants` are more
+    Triton forms, `triton_...`, which go before `triton`. `unmeasured` is the form that runs on a GPU where nothing was
+    measured, if not the first that can.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class TorchOp:
         reference: Callable[..., Any],
         triton: Callable[..., Any],
         native: Callable[..., Any] | None = None,
+        variants: dict[str, Callable[..., Any]] | None = None,
         obstacles: dict[str, Obstacle] | None = None,
         unmeasured: str = "",
     ) -> None:
         self.name = name
         self.unmeasured = unmeasured
-        self.implementations = {"reference": reference, "triton": triton}
+        self.variants = variants or {}
+        self.implementations = {"reference": reference, "triton": triton, **self.variants}
         if native is not None:
             self.implementations["native"] = native
         self.obstacles = obstacles or {}
@@ -68,6 +71,7 @@ class TorchOp:
         return select(
             triton=self._obstacle("triton", device, arguments),
             native=self._obstacle("native", device, arguments),
+            variants={name: self._obstacle(name, device, arguments) for name in self.variants},
             fastest=lambda able: self._fastest(able, device, arguments),
         )
 
@@ -85,7 +89,7 @@ class TorchOp:
     def _obstacle(self, name: str, tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if name not in self.implementations:
             return f"{self.name} has no {name} form"
-        general = _triton_obstacle(tensor) if name == "triton" else _native_obstacle(tensor)
+        general = _native_obstacle(tensor) if name == "native" else _triton_obstacle(tensor)
         if general or name not in self.obstacles:
             return general
         return self.obstacles[name](*arguments)

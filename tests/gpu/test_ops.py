@@ -17,11 +17,12 @@ from kernel_checks import (
     is_floating,
     norm_error,
 )
-from matrix_samples import ATTENTION, LINEAR
-from tintype_kernels import NoiseKey, Row, scheduler_step
+from matrix_samples import ATTENTION, LINEAR, WITH_ROLES
+from tintype_kernels import NoiseKey, Row, activate_quantized, scheduler_step
 from tintype_kernels.ahead_of_time import op_modules
+from tintype_kernels.ops import attention, fp8_linear, int8_linear
 from tintype_kernels.philox import philox_normals
-from tolerances import KERNEL_NORM, KERNEL_NORMALS
+from tolerances import KERNEL_NORM, KERNEL_NORMALS, LINEAR_FP8, LINEAR_INT8
 
 CHECKS = dict(every_check("cuda"))
 OURS = {sample.op for sample in SAMPLES}
@@ -45,6 +46,57 @@ class TestMatrices:
     def test_same_bits_in_any_batch(self, sample):
         with forced("triton"):
             check_same_bits_in_any_batch(sample, torch.float16, "cuda")
+
+
+@pytest.mark.parametrize(
+    "sample", [s for s in ATTENTION if s.label in WITH_ROLES], ids=lambda s: s.label
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_with_roles_for_warps(sample, dtype):
+    if torch.cuda.get_device_capability() not in {(9, 0), (10, 0), (10, 3)}:
+        pytest.skip("no Hopper or data-centre Blackwell")
+    with forced("triton_roles"):
+        check_values_and_gradients(sample, dtype, "cuda")
+        check_same_bits_in_any_batch(sample, dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "keys", "dim"), [(2, 24, 4608, 4608, 128), (2, 10, 4250, 77, 64)]
+)
+def test_attention_with_roles_at_real_sizes(batch, heads, queries, keys, dim):
+    if torch.cuda.get_device_capability() not in {(9, 0), (10, 0), (10, 3)}:
+        pytest.skip("no Hopper or data-centre Blackwell")
+    q, k, v = (normal(batch, t, heads, dim).transpose(1, 2) for t in (queries, keys, keys))
+    with forced("triton_roles"):
+        found = attention.attention(q, k, v)
+    assert (
+        norm_error(found, attention.reference(q.float(), k.float(), v.float()))
+        < KERNEL_NORM["bfloat16"]
+    )
+
+
+@pytest.mark.parametrize("module", [m for m in op_modules() if m.__name__.endswith("_quantized")])
+def test_rows_in_eight_bits(module):
+    """A value in the middle of two codes may go either way, as its kernels round in another order than PyTorch's."""
+    function = getattr(module, module.__name__.rpartition(".")[2])
+    for case, arguments in module.cases(normal, batch=1):
+        with forced("triton"):
+            rows = function(**arguments)
+        expected = function.reference(**arguments)
+        assert norm_error(rows.scales, expected.scales) < KERNEL_NORM["bfloat16"], case
+        close = {"int8": LINEAR_INT8, "fp8": LINEAR_FP8}[arguments["scheme"]]
+        found, right = (r.codes.float() * r.scales[..., None] for r in (rows, expected))
+        assert norm_error(found, right) < close, case
+
+
+@pytest.mark.parametrize("module", [int8_linear, fp8_linear])
+def test_a_linear_layer_gives_the_same_for_rows_as_for_what_they_were(module):
+    function = getattr(module, f"{module.SCHEME}_linear")
+    for _, arguments in module.cases(normal, batch=1):
+        if isinstance(arguments["x"], torch.Tensor):
+            with forced("triton"):
+                rows = activate_quantized(arguments["x"], module.SCHEME)
+                assert torch.equal(function(**{**arguments, "x": rows}), function(**arguments))
 
 
 @pytest.mark.parametrize(

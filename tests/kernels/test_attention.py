@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernel_checks import forced, norm_error, normal
-from tintype_kernels import attention
+from kernel_checks import check_values_and_gradients, forced, norm_error, normal
+from matrix_samples import ATTENTION, WITH_ROLES
+from tintype_kernels import KernelUnavailable, attention
 from tintype_kernels.ops import attention as op
 from tolerances import KERNEL_FORMULA
 
@@ -49,6 +50,41 @@ def test_no_logarithms_are_kept_where_no_gradient_can_be_asked_for(monkeypatch):
     attention(q, q, q)
     attention(q.requires_grad_(), q, q)
     assert kept == [False, True]
+
+
+@pytest.mark.parametrize(
+    "sample", [s for s in ATTENTION if s.label in WITH_ROLES],
+    ids=lambda s: s.label,
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["triton_roles", "triton"])
+def test_each_of_tritons_forms_equals_the_reference(sample, form, monkeypatch):
+    ran = []
+    run = op.FORWARD.implementations[form]
+    monkeypatch.setitem(op.FORWARD.implementations, form, lambda *a: ran.append(form) or run(*a))
+    with forced(form):
+        check_values_and_gradients(sample, torch.float16, "cpu")
+    assert ran == [form]
+
+
+@pytest.mark.parametrize(
+    ("change", "obstacle"),
+    [
+        ({}, ""),
+        ({"key_lengths": torch.tensor([3, 4], dtype=torch.int32)}, "one set of keys, of which all count"),
+        ({"k_extra": torch.zeros(2, 3, 7, 64).half(), "v_extra": torch.zeros(2, 3, 7, 64).half()}, "one set of keys"),
+        ({name: torch.zeros(2, 3, 7, 64) for name in "qkv"}, "q is torch.float32 with 64 a head"),
+        ({name: torch.zeros(2, 3, 7, 80).half() for name in "qkv"}, "q is torch.float16 with 80 a head"),
+        ({"k": torch.zeros(2 * 3 * 7 * 64 + 1).half()[1:].view(2, 3, 7, 64)}, "addresses that 16 divides"),
+    ],
+)  # fmt: skip
+def test_the_form_with_roles_says_what_it_cannot_take(change, obstacle):
+    arguments = {**{name: torch.zeros(2, 3, 7, 64).half() for name in "qkv"}, **change}
+    with forced("triton_roles"):
+        if not obstacle:
+            assert not attention(**arguments).any()
+            return
+        with pytest.raises(KernelUnavailable, match=obstacle):
+            attention(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,21 @@ def test_nothing_is_measured_unless_asked_for(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_form_that_cannot_run_any_more_is_measured_around(tmp_path):
+def test_of_the_forms_that_can_run_the_fastest_is_known_from_one_measurement(tmp_path):
     clock = Clock(triton=1.0, native=3.0, reference=2.0)
     choices = Choices(tmp_path / "gpu.json", clock)
     assert choices.fastest("key", clock.forms, measure=True) == "triton"
     rest = {name: form for name, form in clock.forms.items() if name != "triton"}
-    assert choices.fastest("key", rest, measure=False) == ""
-    assert choices.fastest("key", rest, measure=True) == "reference"
+    assert choices.fastest("key", rest, measure=False) == "reference"
+    assert len(clock.asked) == 3
+
+
+def test_a_form_that_is_new_is_measured_with_the_others(tmp_path):
+    old, new = Clock(triton=1.0), Clock(triton=1.0, triton_roles=0.5)
+    Choices(tmp_path / "gpu.json", old).fastest("key", old.forms, measure=True)
+    choices = Choices(tmp_path / "gpu.json", new)
+    assert choices.fastest("key", new.forms, measure=False) == ""
+    assert choices.fastest("key", new.forms, measure=True) == "triton_roles"
 
 
 def test_two_processes_keep_each_others_findings(tmp_path):
@@ -93,3 +101,22 @@ def test_what_was_measured_is_taken_unless_overridden(monkeypatch):
     assert chosen(triton="", native="no") == "triton"
     with pytest.raises(KernelUnavailable, match="no GPU"):
         chosen(triton="no GPU", native="no")
+
+
+def test_a_variant_goes_first_unless_it_cannot_or_another_is_measured_or_asked_for(monkeypatch):
+    def chosen(obstacle="", fastest=""):
+        variants = {"triton_roles": obstacle}
+        return select(triton="", native="", variants=variants, fastest=lambda able: fastest)
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("TINTYPE_KERNELS", "auto")
+    assert chosen() == "triton_roles"
+    assert chosen("an old chip") == "triton"
+    assert chosen(fastest="triton") == "triton"
+    monkeypatch.setenv("TINTYPE_KERNELS", "triton")
+    assert chosen() == "triton"
+    monkeypatch.setenv("TINTYPE_KERNELS", "triton_roles")
+    assert chosen() == "triton_roles"
+    assert select(triton="", native="") == "triton"  # an op without that variant
+    with pytest.raises(KernelUnavailable, match="cannot run here: an old chip; .*auto, triton, na"):
+        chosen("an old chip")

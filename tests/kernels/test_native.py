@@ -79,6 +79,19 @@ def test_group_norm_of_extremes(last, mean, spread, instruction_set):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+def test_group_norm_of_a_corner_far_from_all_others(last, instruction_set):
+    """The sums' first centre is off by much of what it is taken from."""
+    x = normal(2, 8, 33, 65).float()
+    x[:, :, 0, 0] = 1e3
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    weight, bias = torch.ones(8), torch.zeros(8)
+    out, _ = native.group_norm_silu(x, weight, bias, 2, 1e-5, False)
+    expected = normed(x, weight, bias, 2, silu=False)
+    assert norm_error(out, expected) < FLOAT32
+    assert norm_error(out[..., 1:], expected[..., 1:]) < FLOAT32
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
 def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_threads(last):
     x = normal(3, 64, 31, 33).float()
     x = x.contiguous(memory_format=torch.channels_last) if last else x

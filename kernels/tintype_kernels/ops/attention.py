@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tintype_kernels.ops import attention_roles
 from tintype_kernels.ops.attention_backward import empty_gradients, triton_backward
 from tintype_kernels.ops.attention_forward import LOG2_E, WIDEST, empty_outputs, triton_forward
 from tintype_kernels.torch_op import TorchOp, check, check_floating, describe, public, wide
@@ -101,7 +102,8 @@ def _triton_obstacle(*arguments: Any) -> str:
 
 FORWARD = TorchOp(
     "attention", fake=empty_outputs, reference=_reference_forward, triton=triton_forward,
-    obstacles={"triton": _triton_obstacle}, unmeasured="reference",
+    variants={"triton_roles": attention_roles.roles_forward},
+    obstacles={"triton": _triton_obstacle, "triton_roles": attention_roles.obstacle}, unmeasured="reference",
 )  # fmt: skip
 BACKWARD = TorchOp(
     "attention_backward", fake=empty_gradients, reference=_reference_backward,
@@ -170,7 +172,7 @@ def attention(
 def is_preferred(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether Triton's kernel is asked for, or was measured to be faster than the library on this GPU."""
     plain = (None, None, None, q.shape[-1] ** -0.5, 1.0, False)
-    return FORWARD.form(q, k, v, *plain) == "triton"
+    return FORWARD.form(q, k, v, *plain).startswith("triton")
 
 
 def _by(library: SDPBackend) -> Callable[..., Tensor]:

@@ -92,6 +92,22 @@ def add_weighted(total, weights, block, R: tl.constexpr):
 
 
 @jit
+def soften(top, mass, scores, scale):
+    """The running softmax after more scores: its maximum and denominator, their weights, what earlier ones fade by."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    return new_top, mass * fade + tl.sum(weights, 1), weights, fade
+
+
+@jit
+def settle(top, mass):
+    """What weighted values are divided by, and the base-2 logarithm of the softmax's denominator."""
+    mass = tl.where(mass == 0.0, 1.0, mass)  # a row without any key attends to nothing
+    return mass, tl.where(top == float("-inf"), float("inf"), top + tl.log2(mass))
+
+
+@jit
 def _attend_block(
     top, mass, total, q, k, v, index, count, scale,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
@@ -100,12 +116,9 @@ def _attend_block(
     scores = products(q, load(k, index, count, D, H, R, MASKED), R)
     if MASKED:
         scores = tl.where(index[None, :] < count, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_top[:, None])
-    fade = tl.exp2(top - new_top)
-    mass = mass * fade + tl.sum(weights, 1)
+    top, mass, weights, fade = soften(top, mass, scores, scale)
     total = (total[0] * fade[:, None], total[1] * fade[:, None])
-    return new_top, mass, add_weighted(total, weights, load(v, index, count, D, H, R, MASKED), R)
+    return top, mass, add_weighted(total, weights, load(v, index, count, D, H, R, MASKED), R)
 
 
 @jit
@@ -127,8 +140,7 @@ def _attend(
         top, mass, total = _attend_block(
             top, mass, total, q, k, v, whole + index, count, scale, D, H, R, True
         )
-    mass = tl.where(mass == 0.0, 1.0, mass)  # a row without any key attends to nothing
-    log = tl.where(top == float("-inf"), float("inf"), top + tl.log2(mass))
+    mass, log = settle(top, mass)
     return (total[0] / mass[:, None], total[1] / mass[:, None]), log
 
 
@@ -226,7 +238,7 @@ _FLOAT32_BLOCK = (32, 32, 4, 1)
 WIDEST = 160
 
 
-def _arch(q: Tensor) -> int:
+def arch_of(q: Tensor) -> int:
     if q.device.type == "cpu":  # is interpreted
         return 0
     target = importlib.import_module("triton.runtime").driver.active.get_current_target()
@@ -237,7 +249,7 @@ def launch_options(kernel: str, q: Tensor) -> dict[str, int]:
     """How a kernel cuts up a head: by its width, type and chip alone, so that a row's bits depend on nothing else."""
     dim = q.shape[-1]
     first = power_of_two(dim + 1) // 2
-    blocks = (_SHARED_MEMORY_BLOCKS if _arch(q) in _SHARED_MEMORY_ARCHS else _BLOCKS)[kernel]
+    blocks = (_SHARED_MEMORY_BLOCKS if arch_of(q) in _SHARED_MEMORY_ARCHS else _BLOCKS)[kernel]
     block = next(block for widest, block in blocks.items() if dim <= widest)
     rows, keys, warps, stages = _FLOAT32_BLOCK if q.dtype == torch.float32 else block
     columns = {"D": dim, "H": first, "R": max(16, power_of_two(dim - first)) if dim > first else 0}

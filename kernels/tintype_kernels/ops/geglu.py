@@ -35,10 +35,10 @@ def _reference_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @jit
-def _load(x, row, c, C, x_row):
-    """Both halves, and the normal distribution's weight below the gate."""
-    value = widen(tl.load(x + row * x_row + c, c < C, 0.0))
-    gate = widen(tl.load(x + row * x_row + C + c, c < C, 0.0))
+def load(at, C, inside):
+    """Both halves at pointers to the first, and the normal distribution's weight below the gate."""
+    value = widen(tl.load(at, inside, 0.0))
+    gate = widen(tl.load(at + C, inside, 0.0))
     return value, gate, 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
 
 
@@ -46,7 +46,7 @@ def _load(x, row, c, C, x_row):
 def _forward_kernel(x, out, C, x_row, BLOCK: tl.constexpr):
     """BLOCK channels of a row: grid (rows, channels)."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value, gate, below = _load(x, row, c, C, x_row)
+    value, gate, below = load(x + row * x_row + c, C, c < C)
     tl.store(out + row * C + c, value * gate * below, c < C)
 
 
@@ -54,26 +54,27 @@ def _forward_kernel(x, out, C, x_row, BLOCK: tl.constexpr):
 def _backward_kernel(grad, x, dx, C, x_row, BLOCK: tl.constexpr):
     """BLOCK channels of both halves of a row: grid (rows, channels)."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value, gate, below = _load(x, row, c, C, x_row)
+    value, gate, below = load(x + row * x_row + c, C, c < C)
     g = widen(tl.load(grad + row * C + c, c < C, 0.0))
     slope = below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
     tl.store(dx + row * 2 * C + c, g * gate * below, c < C)
     tl.store(dx + row * 2 * C + C + c, g * value * slope, c < C)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """[..., n] -> [rows, n], of unit stride."""
     return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
 def _triton_forward(x: Tensor) -> Tensor:
-    out, rows, block = _fake_forward(x), _rows(x), min(1024, power_of_two(x.shape[-1] // 2))
+    out, rows, block = _fake_forward(x), as_rows(x), min(1024, power_of_two(x.shape[-1] // 2))
     c = out.shape[-1]
     _forward_kernel[rows.shape[0], ceil_div(c, block)](rows, out, c, rows.stride(0), BLOCK=block)
     return out
 
 
 def _triton_backward(grad: Tensor, x: Tensor) -> Tensor:
-    dx, rows, block = empty(x), _rows(x), min(1024, power_of_two(x.shape[-1] // 2))
+    dx, rows, block = empty(x), as_rows(x), min(1024, power_of_two(x.shape[-1] // 2))
     c = grad.shape[-1]
     _backward_kernel[rows.shape[0], ceil_div(c, block)](
         grad.contiguous(), rows, dx, c, rows.stride(0), BLOCK=block
@@ -107,11 +108,16 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 FORWARD.differentiate(_setup_context, _backward)
 
 
+def check_halves(x: Tensor) -> None:
+    """Raise unless x is a floating tensor [..., 2*c]."""
+    if not x.dtype.is_floating_point or not x.ndim or x.shape[-1] % 2:
+        raise ValueError(f"x is {describe(x)}, expected a floating tensor [..., 2*c]")
+
+
 @public(reference)
 def geglu(x: Tensor) -> Tensor:
     """Return `value * gelu(gate)` for x [..., 2*c], whose first half is the value."""
-    if not x.dtype.is_floating_point or not x.ndim or x.shape[-1] % 2:
-        raise ValueError(f"x is {describe(x)}, expected a floating tensor [..., 2*c]")
+    check_halves(x)
     out: Tensor = FORWARD(x)
     return out
 

@@ -13,15 +13,13 @@ from tintype_kernels.torch_op import (
     TorchOp,
     check_floating,
     empty,
+    first_tensor,
     per_sample,
     public,
     unit_stride,
     wide,
 )  # fmt: skip
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
-
-TILE = 8192  # elements that a block of eight warps holds in registers
-WIDEST = 16384  # channels that a block can hold
+from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl, too_wide, widen
 
 
 def reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -57,20 +55,31 @@ def _normed(x, mask, C):
 
 
 @jit
+def modulated(
+    x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """`layer_norm(x) * (unit + scale) + shift` of tokens `rows` of sample program_id(1); zero from channel C on."""
+    b, c = tl.program_id(1).to(tl.int64), tl.arange(0, CHANNELS)
+    mask = (rows[:, None] < T) & (c[None, :] < C)
+    at = rows[:, None] * x_row + c[None, :]
+    h, variance = _normed(tl.load(x + b * x_batch + at, mask, 0.0), mask, C)
+    gain = unit + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))[None, :]
+    offset = widen(tl.load(shift + b * shift_batch + c, c < C, 0.0))[None, :]
+    return h * tl.rsqrt(variance + eps) * gain + offset
+
+
+@jit
 def _forward_kernel(
     x, shift, scale, out, T, C, x_batch, x_row, shift_batch, scale_batch, eps,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
-    rows, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, CHANNELS)
-    mask = (rows[:, None] < T) & (c[None, :] < C)
-    at = rows[:, None] * x_row + c[None, :]
-    h, variance = _normed(tl.load(x + b * x_batch + at, mask, 0.0), mask, C)
-    gain = 1.0 + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))[None, :]
-    offset = widen(tl.load(shift + b * shift_batch + c, c < C, 0.0))[None, :]
-    at = rows[:, None] * C + c[None, :]
-    tl.store(out + b * T * C + at, h * tl.rsqrt(variance + eps) * gain + offset, mask)
+    rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    values = modulated(
+        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, 1.0, CHANNELS
+    )
+    at = tl.program_id(1).to(tl.int64) * T * C + rows[:, None] * C + c[None, :]
+    tl.store(out + at, values, (rows[:, None] < T) & (c[None, :] < C))
 
 
 @jit
@@ -104,13 +113,8 @@ def _backward_kernel(
     tl.store(sums + C, moved, c < C)
 
 
-def _tile(c: int) -> dict[str, int]:
-    channels = power_of_two(c)
-    return {"ROWS": max(1, TILE // 2 // channels), "CHANNELS": channels, "num_warps": 8}
-
-
 def _triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    out, (b, t, c), tile = empty(x), x.shape, _tile(x.shape[-1])
+    out, (b, t, c), tile = empty(x), x.shape, row_tile(x.shape[-1])
     x, shift, scale = unit_stride(x), unit_stride(shift), unit_stride(scale)
     strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
     _forward_kernel[ceil_div(t, tile["ROWS"]), b](x, shift, scale, out, t, c, *strides, eps, **tile)
@@ -120,7 +124,7 @@ def _triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tens
 def _triton_backward(
     grad: Tensor, x: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, (b, t, c), tile = empty(x), x.shape, _tile(x.shape[-1])
+    dx, (b, t, c), tile = empty(x), x.shape, row_tile(x.shape[-1])
     # Sums over 128 spans at most; how a sample is cut never depends on the batch.
     span = tile["ROWS"] * ceil_div(t, 128 * tile["ROWS"])
     sums = x.new_empty(b, ceil_div(t, span), 2, c, dtype=wide(scale).dtype)
@@ -142,18 +146,17 @@ def _fake_backward(
     return empty(x), empty(scale), empty(scale)
 
 
-def _too_wide(*arguments: Any) -> str:
-    c = next(value for value in arguments if isinstance(value, Tensor)).shape[-1]
-    return f"a row of {c} channels does not fit a block's {WIDEST}" if c > WIDEST else ""
+def _obstacle(*arguments: Any) -> str:
+    return too_wide(first_tensor(arguments).shape[-1])
 
 
 FORWARD = TorchOp(
     "layer_norm_modulate", fake=_fake_forward, reference=_reference_forward, triton=_triton_forward,
-    obstacles={"triton": _too_wide},
+    obstacles={"triton": _obstacle},
 )  # fmt: skip
 BACKWARD = TorchOp(
     "layer_norm_modulate_backward", fake=_fake_backward, reference=_reference_backward, triton=_triton_backward,
-    obstacles={"triton": _too_wide},
+    obstacles={"triton": _obstacle},
 )  # fmt: skip
 
 

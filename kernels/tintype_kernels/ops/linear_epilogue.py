@@ -130,10 +130,26 @@ def check_linear(
     outputs, columns = weight
     if not x.dtype.is_floating_point or x.ndim < 1 or x.shape[-1] != columns:
         raise ValueError(f"x is {describe(x)}, expected a floating tensor [..., {columns}]")
+    check_epilogue(x, (*x.shape[:-1], outputs), bias, residual, activation)
+
+
+def check_epilogue(
+    like: Tensor,
+    shape: tuple[int, ...],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    """Refuse what does not fit outputs of `shape` that have the type and the device of `like`."""
     if bias is not None:
-        check("bias", bias, (outputs,), x)
+        check("bias", bias, shape[-1:], like)
     if residual is not None:
-        check("residual", residual, (*x.shape[:-1], outputs), x)
+        check("residual", residual, shape, like)
+    check_activation(activation)
+
+
+def check_activation(activation: str) -> None:
+    """Raise unless `activation` is one of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
 

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tintype_kernels.ops.activate_quantized import write_quantized
 from tintype_kernels.ops.linear_epilogue import (
+    check_epilogue,
     empty_output,
     finish,
     store_finished,
     straight_through,
     tile_of,
 )
-from tintype_kernels.ops.quantise import LARGEST, Fp8Weight, Int8Weight, dequantize, quantize_rows
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl
-
-
-@jit
-def _quantize_kernel(x, codes, scales, K, LIMIT: tl.constexpr, WIDTH: tl.constexpr):
-    """One token: grid (tokens,)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    top = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, K, WIDTH):
-        at = start + columns
-        top = tl.maximum(top, tl.abs(tl.load(x + row * K + at, at < K, 0.0).to(tl.float32)))
-    scale = tl.div_rn(tl.max(top), LIMIT)
-    inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
-    tl.store(scales + row, scale)
-    for start in range(0, K, WIDTH):
-        at = start + columns
-        value = tl.load(x + row * K + at, at < K, 0.0).to(tl.float32) * inverse
-        value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT)
-        if LIMIT == 127.0:
-            value = (value + 12582912.0) - 12582912.0  # the nearest integer, halves to even
-        tl.store(codes + row * K + at, value.to(codes.dtype.element_ty), at < K)
+from tintype_kernels.ops.quantise import Fp8Weight, Int8Weight, dequantize, quantize_rows
+from tintype_kernels.ops.quantised_rows import (
+    QuantizedRows,
+    arch_obstacle,
+    as_bytes,
+    from_bytes,
+)
+from tintype_kernels.torch_op import TorchOp, describe
+from tintype_kernels.triton_support import ceil_div, jit, tl, too_wide
 
 
 @jit
@@ -70,43 +60,103 @@ def _matmul_kernel(
 _TILES = {64: (64, 64, 128, 4, 3), 1 << 40: (128, 128, 128, 8, 3)}
 
 
-def _quantize_tokens(x: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes of x [tokens, k], contiguous, and a scale for each token."""
-    tokens, k = x.shape
-    out, scales = x.new_empty(x.shape, dtype=codes), x.new_empty(tokens, dtype=torch.float32)
-    width = min(power_of_two(k), 4096)
-    _quantize_kernel[(tokens,)](x, out, scales, k, LIMIT=LARGEST[codes], WIDTH=width, num_warps=4)
-    return out, scales
-
-
 def triton_linear(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:  # fmt: skip
     """The op on a GPU, for codes of either type."""
     out = empty_output(x, codes, scales, bias, residual, activation)
-    n, k = codes.shape
-    tokens, token_scales = _quantize_tokens(x.reshape(-1, k).contiguous(), codes.dtype)
-    count = len(tokens)
-    rows, columns, depth, warps, stages = next(t for most, t in _TILES.items() if count <= most)
-    _matmul_kernel[(ceil_div(count, rows) * ceil_div(n, columns),)](
-        tokens, codes.contiguous(), token_scales, scales.contiguous(), out if bias is None else bias.contiguous(),
-        out if residual is None else residual.contiguous(), out, count, n, k,
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, WHOLE=k % depth == 0,
-        BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    rows = x.new_empty(x.shape, dtype=codes.dtype)
+    row_scales = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    write_quantized(rows, row_scales, x)
+    _multiply(out, rows, row_scales, codes, scales, bias, residual, activation)
     return out
 
 
+def width_obstacle(x: Tensor, *_: Any) -> str:
+    """Why the op's Triton form cannot round x's rows, or nothing."""
+    return too_wide(x.shape[-1])
+
+
+def _multiply(
+    out: Tensor, x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None,
+    residual: Tensor | None, activation: str,
+) -> None:  # fmt: skip
+    n, k = codes.shape
+    count = x_scales.numel()
+    rows, columns, depth, warps, stages = next(t for most, t in _TILES.items() if count <= most)
+    _matmul_kernel[(ceil_div(count, rows) * ceil_div(n, columns),)](
+        x.contiguous(), codes.contiguous(), x_scales.contiguous(), scales.contiguous(),
+        out if bias is None else bias.contiguous(), out if residual is None else residual.contiguous(), out,
+        count, n, k, ROWS=rows, COLUMNS=columns, DEPTH=depth, WHOLE=k % depth == 0,
+        BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
 def plain_linear(
-    x: Tensor,
+    x: Tensor | QuantizedRows,
     qw: Int8Weight | Fp8Weight,
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
     """The op in plain PyTorch, summed in float64."""
-    codes, scales = quantize_rows(x.detach(), qw.codes.dtype)
-    tokens = codes.double() * scales.double()[..., None]
-    z = straight_through(x, tokens) @ dequantize(qw, torch.float64).t()
+    z = _tokens(x, qw.codes.dtype) @ dequantize(qw, torch.float64).t()
     return finish(z, bias, residual, activation).to(x.dtype)
+
+
+def _tokens(x: Tensor | QuantizedRows, kind: torch.dtype) -> Tensor:
+    """The numbers that x's codes stand for."""
+    if isinstance(x, QuantizedRows):
+        return _dequantized(x.codes, x.scales)
+    return straight_through(x, _dequantized(*quantize_rows(x.detach(), kind)))
+
+
+def _dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.double() * scales.double()[..., None]
+
+
+def _rows_reference(
+    x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None,
+    activation: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    rows, weight = QuantizedRows(from_bytes(x), x_scales, dtype), from_bytes(codes)
+    kind = Int8Weight if weight.dtype == torch.int8 else Fp8Weight
+    return plain_linear(rows, kind(weight, scales), bias, activation, residual)
+
+
+def _rows_triton(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> Tensor:
+    out = _empty_product(x, x_scales, codes, *others)
+    _multiply(out, from_bytes(x), x_scales, from_bytes(codes), *others[:-1])
+    return out
+
+
+def _empty_product(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=others[-1])
+
+
+def _rows_obstacle(x: Tensor, *_: Any) -> str:
+    return arch_obstacle("fp8" if x.dtype == torch.uint8 else "int8", x)
+
+
+ROWS_FORWARD = TorchOp(
+    "quantized_rows_linear", fake=_empty_product, reference=_rows_reference, triton=_rows_triton,
+    obstacles={"triton": _rows_obstacle},
+)  # fmt: skip
+
+
+def linear_of_rows(
+    x: QuantizedRows, qw: Int8Weight | Fp8Weight, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor:  # fmt: skip
+    """`activation(x w^T + bias) + residual` of rows that are quantised already, in the type that they had."""
+    outputs, columns = qw.codes.shape
+    if x.codes.dtype != qw.codes.dtype or x.shape[-1] != columns:
+        raise ValueError(
+            f"x has codes {describe(x.codes)}, expected {qw.codes.dtype}[..., {columns}]"
+        )
+    like = x.scales.new_empty(0, dtype=x.dtype)
+    check_epilogue(like, (*x.shape[:-1], outputs), bias, residual, activation)
+    out: Tensor = ROWS_FORWARD(
+        as_bytes(x.codes), x.scales, as_bytes(qw.codes), qw.scales, bias, residual, activation, x.dtype
+    )  # fmt: skip
+    return out

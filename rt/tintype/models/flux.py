@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tintype.models.config import from_json
-from tintype.models.fused import Rotation, gate_residual, layer_norm_modulate
+from tintype.models.fused import Rotation, gate_residual, gelu_tanh, layer_norm_modulate
 from tintype.models.joint import (
     Conditioning,
     FeedForward,
@@ -74,8 +73,8 @@ class _Block(nn.Module):
         shift, scale, gate, *of_image = self.norm1(conditioning)
         text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
         seen, heard = self.attn(
-            layer_norm_modulate(image, shift, scale),
-            layer_norm_modulate(text, text_shift, text_scale),
+            layer_norm_modulate(image, shift, scale, self.attn.readers),
+            layer_norm_modulate(text, text_shift, text_scale, self.attn.text_readers),
             rotation,
         )
         image = fed_forward(gate_residual(image, seen, gate), self.ff, *of_image)
@@ -96,9 +95,9 @@ class _SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Tensor, rotation: Rotation) -> Tensor:
         shift, scale, gate = self.norm(conditioning)
-        normed = layer_norm_modulate(x, shift, scale)
+        normed = layer_norm_modulate(x, shift, scale, [*self.attn.readers, self.proj_mlp])
         attended, _ = self.attn(normed, rotation=rotation)
-        widened = F.gelu(self.proj_mlp(normed), approximate="tanh")
+        widened = gelu_tanh(self.proj_mlp(normed))
         update = self.proj_out(torch.cat([attended, widened], dim=-1))
         return _within_half(gate_residual(x, update, gate))
 

@@ -2,6 +2,8 @@
 
 They serve on GPUs that Triton runs on; GroupNorm on CPUs, too, where no gradient is asked for. They do not while a
 model is exported: a graph of plain operators is what engines fuse for themselves.
+
+Where all `readers` of what an op makes take it in the same 8-bit codes, the op itself writes those, once for all.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,11 @@ from torch import Tensor, nn
 
 from tintype_kernels.scheduler_step import Row, reference
 
+if TYPE_CHECKING:
+    from tintype_kernels import QuantizedRows
+
 _EPS = 1e-6  # of the norms in flow transformers
+Readers = Sequence[nn.Module]
 # cosines and sines [tokens, dim] that turn each pair of neighbouring channels by its token's position
 Rotation = tuple[Tensor, Tensor]
 
@@ -44,8 +50,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def geglu(x: Tensor) -> Tensor:
+def geglu(x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
     """[..., 2*c] -> [..., c]: the first half times the GELU of the second."""
+    if scheme := _codes_for(x, readers):
+        from tintype_kernels.ops.geglu_quantized import geglu_quantized
+
+        return geglu_quantized(x, scheme)
     if _serves(x):
         from tintype_kernels.ops.geglu import geglu as op
 
@@ -54,8 +64,33 @@ def geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def gelu_tanh(x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
+    """The tanh-approximated GELU of x [n, t, c]."""
+    if scheme := _codes_for(x, readers):
+        from tintype_kernels.ops.activate_quantized import activate_quantized
+
+        return activate_quantized(x, scheme, "gelu_tanh")
+    return F.gelu(x, approximate="tanh")
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
+    """The norm of x [n, t, c] with weights of its own [c]."""
+    if scheme := _codes_for(x, readers):
+        from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
+
+        shift, scale = (weights.expand(len(x), -1) for weights in (norm.bias, norm.weight))
+        return layer_norm_modulate_quantized(x, shift, scale, scheme, norm.eps, unit=0.0)
+    return norm(x)
+
+
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, readers: Readers = ()
+) -> Tensor | QuantizedRows:
     """LayerNorm of x [n, t, c] without weights of its own, then scaled and shifted by [n, 1, c]."""
+    if scheme := _codes_for(x, readers):
+        from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
+
+        return layer_norm_modulate_quantized(x, shift, scale, scheme, _EPS)
     if _serves(x):
         from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate as op
 
@@ -112,6 +147,14 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 
 def _serves(x: Tensor) -> bool:
     return x.is_cuda and _has_triton() and not torch.compiler.is_exporting()
+
+
+def _codes_for(x: Tensor, readers: Readers) -> str:
+    """The codes that all readers take their input in, or nothing where they take numbers or gradients are asked for."""
+    if not _serves(x) or torch.is_grad_enabled():
+        return ""
+    codes = {getattr(reader, "input_codes", "") for reader in readers}
+    return codes.pop() if len(codes) == 1 else ""
 
 
 def _on_cpu(x: Tensor) -> bool:

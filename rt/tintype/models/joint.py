@@ -5,6 +5,8 @@ Esser et al. 2024 (arXiv 2403.03206), section 4; adaptive layer norm: Peebles an
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,13 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tintype.models.fused import (
+    Readers,
     Rotation,
     attention,
     gate_residual,
+    gelu_tanh,
     layer_norm_modulate,
     qk_norm_rope,
 )
 from tintype.models.layers import TimestepEmbedding, merge_heads, sinusoidal_embedding, split_heads
+
+if TYPE_CHECKING:
+    from tintype_kernels import QuantizedRows
 
 _EPS = 1e-6
 _TIME_FREQUENCIES = 256
@@ -61,10 +68,11 @@ class Modulation(nn.Module):
 
 
 def fed_forward(
-    x: Tensor, feed_forward: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor
+    x: Tensor, feed_forward: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor
 ) -> Tensor:
     """x [n, t, c] plus what its feed-forward makes of it, gated."""
-    return gate_residual(x, feed_forward(layer_norm_modulate(x, shift, scale)), gate)
+    normed = layer_norm_modulate(x, shift, scale, feed_forward.readers)
+    return gate_residual(x, feed_forward(normed), gate)
 
 
 class OutputNorm(nn.Module):
@@ -86,8 +94,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([_Widen(width), nn.Identity(), nn.Linear(4 * width, width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    @property
+    def readers(self) -> Readers:
+        """The layers that the input goes to."""
+        return [self.net[0].proj]
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        return self.net[2](self.net[0](x, [self.net[2]]))
 
 
 class _Widen(nn.Module):
@@ -95,8 +108,8 @@ class _Widen(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, 4 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+    def forward(self, x: Tensor | QuantizedRows, readers: Readers) -> Tensor | QuantizedRows:
+        return gelu_tanh(self.proj(x), readers)
 
 
 class JointAttention(nn.Module):
@@ -129,8 +142,21 @@ class JointAttention(nn.Module):
         if text_output:
             self.to_add_out = nn.Linear(width, width)
 
+    @property
+    def readers(self) -> Readers:
+        """The layers that image tokens go to."""
+        return [self.to_q, self.to_k, self.to_v]
+
+    @property
+    def text_readers(self) -> Readers:
+        """The layers that text tokens go to."""
+        return [self.add_q_proj, self.add_k_proj, self.add_v_proj]
+
     def forward(
-        self, image: Tensor, text: Tensor | None = None, rotation: Rotation | None = None
+        self,
+        image: Tensor | QuantizedRows,
+        text: Tensor | QuantizedRows | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         text_tokens = 0 if text is None else text.shape[1]
         q, k, v = self._heads(image, "to_{}", "norm_{}", _part(rotation, text_tokens, None))
@@ -150,7 +176,7 @@ class JointAttention(nn.Module):
 
     def _heads(
         self,
-        x: Tensor,
+        x: Tensor | QuantizedRows,
         projection: str,
         norm: str,
         rotation: Rotation | None,

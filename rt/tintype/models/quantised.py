@@ -22,6 +22,7 @@ from tintype_kernels.ops.fp8_linear import fp8_linear
 from tintype_kernels.ops.int4_linear import int4_linear
 from tintype_kernels.ops.int8_linear import int8_linear
 from tintype_kernels.ops.quantise import Fp8Weight, Int4Weight, Int8Weight, dequantize
+from tintype_kernels.ops.quantised_rows import QuantizedRows
 
 GROUPS = (32, 64, 128)
 # The largest code of a weight, and the least and the largest of an input: what QuantizeLinear saturates at.
@@ -203,7 +204,15 @@ class _Quantised(nn.Module):
 class QuantisedLinear(_Quantised):
     """x [..., in] -> [..., out]; with int4 weights or dynamic activations by our kernels."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def input_codes(self) -> str:
+        """The codes that the op before may give its input in, int8 or fp8; nothing where it wants the numbers."""
+        plain = self.weight is None and self.smoothing is None
+        return self.scheme.weights if plain and self.scheme.activations == "dynamic" else ""
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        if isinstance(x, QuantizedRows):
+            return self._dynamic(x)
         x = self._input(x)
         if self.weight is None and self.scheme.activations == "dynamic":
             return self._dynamic(x)
@@ -211,7 +220,7 @@ class QuantisedLinear(_Quantised):
             return int4_linear(x, Int4Weight(self.codes, self.weight_scale), self.bias)
         return F.linear(x, self._weight(x.dtype), self.bias)
 
-    def _dynamic(self, x: Tensor) -> Tensor:
+    def _dynamic(self, x: Tensor | QuantizedRows) -> Tensor:
         if self.scheme.weights == "int8":
             return int8_linear(x, Int8Weight(self.codes, self.weight_scale), self.bias)
         return fp8_linear(x, Fp8Weight(self.codes, self.weight_scale), self.bias)

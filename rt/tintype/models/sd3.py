@@ -112,12 +112,14 @@ class _Block(nn.Module):
             told = self.norm1_context(text, conditioning)
         else:
             text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
-            told = layer_norm_modulate(text, text_shift, text_scale)
-        seen, heard = self.attn(layer_norm_modulate(image, shift, scale), told)
+            told = layer_norm_modulate(text, text_shift, text_scale, self.attn.text_readers)
+        normed = layer_norm_modulate(image, shift, scale, self.attn.readers)
+        seen, heard = self.attn(normed, told)
         attended = gate_residual(image, seen, gate)
         if hasattr(self, "attn2"):
             own_shift, own_scale, own_gate = of_feed_forward[3:]
-            own = self.attn2(layer_norm_modulate(image, own_shift, own_scale))[0]
+            normed = layer_norm_modulate(image, own_shift, own_scale, self.attn2.readers)
+            own = self.attn2(normed)[0]
             attended = gate_residual(attended, own, own_gate)
         image = fed_forward(attended, self.ff, *of_feed_forward[:3])
         if self.last:

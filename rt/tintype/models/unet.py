@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tintype.models.config import from_json, per_level
-from tintype.models.fused import attention, geglu, group_norm
+from tintype.models.fused import Readers, attention, geglu, group_norm, layer_norm
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
@@ -25,6 +25,9 @@ from tintype.models.layers import (
     split_heads,
     tokens_to_image,
 )
+
+if TYPE_CHECKING:
+    from tintype_kernels import QuantizedRows
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
@@ -84,7 +87,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def readers(self, *, alone: bool) -> Readers:
+        """The layers that x goes to, alone or beside a context."""
+        return [self.to_q, self.to_k, self.to_v] if alone else [self.to_q]
+
+    def forward(self, x: Tensor | QuantizedRows, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (
             split_heads(t, self.heads)
@@ -100,8 +107,8 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(c_in, 2 * c_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return geglu(self.proj(x))
+    def forward(self, x: Tensor | QuantizedRows, readers: Readers) -> Tensor | QuantizedRows:
+        return geglu(self.proj(x), readers)
 
 
 class FeedForward(nn.Module):
@@ -113,8 +120,13 @@ class FeedForward(nn.Module):
             [GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)]
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    @property
+    def readers(self) -> Readers:
+        """The layers that the input goes to."""
+        return [self.net[0].proj]
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        return self.net[2](self.net[0](x, [self.net[2]]))
 
 
 class TransformerBlock(nn.Module):
@@ -130,9 +142,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = x + self.attn1(layer_norm(self.norm1, x, self.attn1.readers(alone=True)))
+        x = x + self.attn2(layer_norm(self.norm2, x, self.attn2.readers(alone=False)), context)
+        return x + self.ff(layer_norm(self.norm3, x, self.ff.readers))
 
 
 class SpatialTransformer(nn.Module):

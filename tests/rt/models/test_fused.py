@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernel_checks import norm_error
 from tintype.models import fused
 from tintype.models.flux import FluxConfig, FluxTransformer
+from tintype.models.quantised import QuantisedLinear, Scheme, round_linears
 from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.unet import UNet, UNetConfig
 from tintype_kernels.torch_op import TorchOp
-from tolerances import relative_error
+from tolerances import QUANTISED_GRAPH, relative_error
 
 _TEXT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
 _POOLED = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))
@@ -118,6 +120,42 @@ def test_attention_without_gradients_goes_through_the_op_where_it_is_preferred(m
     with torch.inference_mode():
         module(*inputs)
     assert "attention" in ops_called
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_norms_and_gates_write_the_codes_that_quantised_layers_read(
+    model, scheme, ops_called, monkeypatch
+):
+    module, inputs = model
+    round_linears(module, Scheme(scheme, "dynamic"))
+    with torch.inference_mode():
+        fused_output = module(*inputs).clone()
+    writers = {name for name in ops_called if name.endswith("_quantized")}
+    gate = {"geglu_quantized" if isinstance(module, UNet) else "activate_quantized"}
+    assert writers == {"layer_norm_modulate_quantized"} | gate
+    taken = ops_called.count("quantized_rows_linear")
+    assert taken > ops_called.count(f"{scheme}_linear") / 2
+    monkeypatch.undo()
+    with torch.inference_mode():
+        output = module(*inputs)
+    assert norm_error(fused_output, output) < QUANTISED_GRAPH
+
+
+def test_layers_that_want_numbers_get_them(model, ops_called):
+    """Where gradients are asked for, where inputs are smoothed, and where a reader beside is not quantised."""
+    module, inputs = model
+    round_linears(module, Scheme("int8", "dynamic"))
+    module(*inputs)
+    quantised = [m for m in module.modules() if isinstance(m, QuantisedLinear)]
+    for layer in quantised:
+        layer.smoothing = torch.ones(layer.codes.shape[1])
+    with torch.inference_mode():
+        module(*inputs)
+    for layer in quantised[1:]:
+        layer.smoothing = None
+    assert not fused._codes_for(inputs[0], [quantised[1], torch.nn.Linear(1, 1)])
+    assert "int8_linear" in ops_called
+    assert "quantized_rows_linear" not in ops_called
 
 
 def test_an_exported_model_holds_no_op_of_ours(model, ops_called):
