@@ -73,9 +73,15 @@ class Seen:
     stage: list[tuple[Tensor, ...]]
 
 
-def calibrate(checkpoint: Checkpoint, config: Calibration) -> tuple[Stage, Seen]:
-    """Draw with float32 torch and watch the denoiser; the stage that was watched, and what it saw."""
-    pipe = checkpoint_pipeline(checkpoint, device="cpu", dtype="float32")
+def calibrate(
+    checkpoint: Checkpoint, config: Calibration, *, block_by_block: bool
+) -> tuple[Stage, Seen]:
+    """Draw with float32 torch and watch the denoiser; the stage that was watched, and what it saw.
+
+    With ``block_by_block`` the stage's weights stay in their files, and only one block's are there at a time.
+    """
+    offload = "sequential" if block_by_block else None
+    pipe = checkpoint_pipeline(checkpoint, device="cpu", dtype="float32", offload=offload)
     backend = pipe.family.backend
     assert isinstance(backend, TorchBackend)
     stage = backend.module("denoise")

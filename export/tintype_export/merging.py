@@ -10,8 +10,8 @@ from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.checkpoint import Component
 from tintype.checkpoints.files import Weights
 from tintype.checkpoints.lora import Lora
+from tintype.checkpoints.weights import stored_type
 
-from .storage import stored_type
 from .writing import save_tensors
 
 

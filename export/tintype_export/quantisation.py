@@ -77,11 +77,12 @@ def plan(
         return Quantised(scheme, by_rule(_skeleton(checkpoint), scheme), _rounder(scheme, {}), None)
     scheme = _scheme(precision, kind.activations, group)
     say(f"calibrate: {len(calibration.prompts)} prompts, {calibration.steps} steps")
-    stage, seen = calibrate(checkpoint, calibration)
+    hollow = _skeleton(checkpoint)
+    large = sum(each.numel() for each in hollow.parameters()) > MOST_MEASURED
+    stage, seen = calibrate(checkpoint, calibration, block_by_block=large)
     rounder = _rounder(scheme, seen.layers)
-    ((_, model),) = stage.named_children()
-    if sum(each.numel() for each in model.parameters()) > MOST_MEASURED:
-        return Quantised(scheme, by_rule(model, scheme, seen.layers), rounder, calibration)
+    if large:
+        return Quantised(scheme, by_rule(hollow, scheme, seen.layers), rounder, calibration)
     say("sensitivity: one layer at a time")
     return Quantised(
         scheme, measured(stage, seen, scheme, rounder, kind.allowed), rounder, calibration

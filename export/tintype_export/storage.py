@@ -13,6 +13,7 @@ from tintype.backends.torch import made_safe
 from tintype.bundle import MANIFEST, describe
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.files import PICKLES, Weights
+from tintype.checkpoints.weights import stored_type
 from tintype.errors import RequestError
 from tintype.models.stages import stage_component
 
@@ -21,7 +22,6 @@ from .quantisation import HIGH, Quantised, write_quantised
 from .writing import copy_described, save_shards
 
 _WEIGHT_SUFFIXES = PICKLES | {".safetensors", ".msgpack", ".h5", ".gguf"}
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _TERMS = ("README*", "LICENSE*", "NOTICE*")
 
 Files = dict[str, dict[str, Any]]
@@ -113,13 +113,6 @@ def weight_bytes(weights: Weights) -> int:
     """How many bytes of a component's files are its own."""
     places = (entry["data_offsets"] for entry in weights.entries())
     return sum(int(end) - int(begin) for begin, end in places)
-
-
-def stored_type(weights: Weights) -> torch.dtype:
-    """What holds everything that a component's files do: their 16-bit type where they have one, else float32."""
-    types = {entry["dtype"] for entry in weights.entries()}
-    narrow = [dtype for name, dtype in _HALVES.items() if name in types]
-    return narrow[0] if len(narrow) == 1 and "F32" not in types else torch.float32
 
 
 def wanted_files(checkpoint: Checkpoint) -> list[str]:

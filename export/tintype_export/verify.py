@@ -30,6 +30,8 @@ from .sensitivity import Sensitivity
 _READ = {"num_inference_steps": 20, "scheduler": "dpmpp_2m", "guidance_scale": 4.0}
 _READ_SEED = 5
 _PROMPT, _SEED, _STEPS = "a red lighthouse on a rocky coast at dusk", 7, 8
+# Block by block, so that a model of any size can be compared with.
+_REFERENCE: dict[str, Any] = {"device": "cpu", "dtype": "float32", "offload": "sequential"}
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -87,10 +89,10 @@ def require(report: Report, budget: Budget, sensitivity: Sensitivity | None) -> 
 
 
 def _stage_reports(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Iterator[StageReport]:
-    """One component of the reference and one graph of the bundle are in memory at a time."""
+    """A block of the reference and one graph of the bundle are in memory at a time."""
     component = partial(stage_component, components=checkpoint.components)
     for _, stages in groupby(bundle.stages, component):
-        reference = TorchBackend(checkpoint, device="cpu", dtype="float32")
+        reference = TorchBackend(checkpoint, **_REFERENCE)
         for stage in stages:
             names = reference.inputs(stage)
             for profile, relative in bundle.stages[stage].items():
@@ -149,7 +151,7 @@ def _picture_report(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Pic
     picture, latents = _drawn(engine, _SEED, settings)
     other, _ = _drawn(engine, _SEED + 1, settings)
     del engine
-    whole = checkpoint_pipeline(checkpoint, device="cpu", dtype="float32")
+    whole = checkpoint_pipeline(checkpoint, **_REFERENCE)
     expected, steps = _drawn(whole, _SEED, settings)
     pairs = zip(latents, steps, strict=True)
     return PictureReport(

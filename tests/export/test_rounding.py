@@ -31,11 +31,25 @@ def output_error(kept, weight, rows):
     return float((x @ kept.weight().flatten(1).t() - rows @ weight.flatten(1).t()).norm())
 
 
+CONFIG = Calibration(("red", "the red"), steps=2, rows=32, shown=3)
+
+
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
-    source = save_smallest(tmp_path_factory.mktemp("smallest") / "checkpoint")
-    config = Calibration(("red", "the red"), steps=2, rows=32, shown=3)
-    return calibrate(open_checkpoint(source), config)
+def checkpoint(tmp_path_factory):
+    return open_checkpoint(save_smallest(tmp_path_factory.mktemp("smallest") / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint):
+    return calibrate(checkpoint, CONFIG, block_by_block=False)
+
+
+def test_calibration_block_by_block_sees_the_same(checkpoint, calibrated):
+    _, expected = calibrated
+    _, found = calibrate(checkpoint, CONFIG, block_by_block=True)
+    assert found.layers.keys() == expected.layers.keys()
+    for name, inputs in expected.layers.items():
+        torch.testing.assert_close(found.layers[name].rows, inputs.rows, rtol=1e-4, atol=1e-5)
 
 
 def test_every_layer_of_the_denoiser_is_seen_and_so_is_its_output(calibrated):

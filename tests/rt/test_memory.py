@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import small_flow_checkpoints as small
@@ -100,6 +101,20 @@ def test_offloading_changes_no_picture(folder: Path, offload: str) -> None:
         # Sums run in another order where weights lie elsewhere in memory.
         actual = pipeline("red", **REQUEST).images
         assert relative_error(actual, expected) <= MODULE_FP32
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_what_is_computed_in_float32_waits_as_it_is_stored(tmp_path: Path, offload: str) -> None:
+    source = small.save("sd35", tmp_path / "model")
+    for path in source.glob("*/*.safetensors"):
+        halves = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+        save_file(halves, path, metadata={"format": "pt"})
+    expected = tintype.load(source, device="cpu")("red", **REQUEST).images
+    pipeline = tintype.load(source, device="cpu", offload=offload)
+    assert relative_error(pipeline("red", **REQUEST).images, expected) <= MODULE_FP32
+    if offload == "sequential":  # of the other, the last component that ran is still there
+        components = pipeline.family.backend._components.values()
+        assert {p.dtype for each in components for p in each.parameters()} == {torch.bfloat16}
 
 
 def test_sequential_offloading_holds_a_block_and_the_next(tmp_path: Path) -> None:

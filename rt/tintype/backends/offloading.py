@@ -2,7 +2,8 @@
 
 The names are diffusers': `model` keeps one component on the device, from its first run until another's; `sequential`
 one block and the next, which is fetched on a stream of its own while the first computes. Nothing is copied back: the
-host keeps what it had. Runs of different threads go one after the other.
+host keeps what it had, in the type that it is stored in where that is narrower, so that a large model may stay in its
+files. Runs of different threads go one after the other.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _BLOCKS = (nn.ModuleList,)
 
 
 class Placed:
-    """Some of a module's parameters and buffers: at home on the host, or as copies on the device."""
+    """Some of a module's parameters and buffers: at home on the host, or as copies in ``dtype`` on the device."""
 
-    def __init__(self, slots: Iterable[Slot], device: torch.device) -> None:
-        self._device = device
+    def __init__(self, slots: Iterable[Slot], device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
         self._home = [(table, name, self._kept(table[name])) for table, name in slots]
         self._here = False
         self._ready: torch.cuda.Event | None = None
@@ -36,7 +37,8 @@ class Placed:
         self._here = True
         with torch.cuda.stream(stream):  # of None it does nothing
             for table, name, tensor in self._home:
-                copy = tensor.detach().to(self._device, copy=True, non_blocking=True)
+                dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+                copy = tensor.detach().to(self._device, dtype, copy=True, non_blocking=True)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 table[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
         self._ready = stream.record_event() if stream is not None else None
@@ -75,10 +77,10 @@ class ModelOffload:
         self._components: dict[int, Placed] = {}
         self._resident: Placed | None = None
 
-    def attach(self, stage: nn.Module, component: nn.Module) -> None:
-        """Have the stage's runs fetch its component, and send home whichever was there before."""
+    def attach(self, stage: nn.Module, component: nn.Module, dtype: torch.dtype) -> None:
+        """Have the stage's runs fetch its component in ``dtype``, and send home whichever was there before."""
         if id(component) not in self._components:
-            self._components[id(component)] = Placed(_slots(component), self._device)
+            self._components[id(component)] = Placed(_slots(component), self._device, dtype)
         placed = self._components[id(component)]
         stage.register_forward_pre_hook(lambda *_: self._enter(placed))
         stage.register_forward_hook(lambda *_: self._lock.release(), always_call=True)
@@ -102,24 +104,24 @@ class SequentialOffload:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def attach(self, stage: nn.Module, component: nn.Module) -> None:
-        """Have the stage's runs fetch what they need, block after block."""
+    def attach(self, stage: nn.Module, component: nn.Module, dtype: torch.dtype) -> None:
+        """Have the stage's runs fetch what they need in ``dtype``, block after block."""
         if id(component) not in self._components:
-            self._components[id(component)] = self._blocks(component)
+            self._components[id(component)] = self._blocks(component, dtype)
         rest, *_ = parts = self._components[id(component)]
         stage.register_forward_pre_hook(lambda *_: self._enter(rest))
         stage.register_forward_hook(lambda *_: self._leave(parts), always_call=True)
 
-    def _blocks(self, component: nn.Module) -> list[Placed]:
+    def _blocks(self, component: nn.Module, dtype: torch.dtype) -> list[Placed]:
         """What is in no block, then every block, with hooks that fetch it, begin the next, and send it home."""
         blocks = list(_outermost_blocks(component))
         inside = {id(table) for block in blocks for table, _ in _slots(block)}
         rest = [slot for slot in _slots(component) if id(slot[0]) not in inside]
-        placed = [Placed(_slots(block), self._device) for block in blocks]
+        placed = [Placed(_slots(block), self._device, dtype) for block in blocks]
         for block, own, after in zip(blocks, placed, [*placed[1:], None], strict=True):
             block.register_forward_pre_hook(lambda *_, a=own, b=after: self._begin(a, b))
             block.register_forward_hook(lambda *_, a=own: a.leave(), always_call=True)
-        return [Placed(rest, self._device), *placed]
+        return [Placed(rest, self._device, dtype), *placed]
 
     def _begin(self, own: Placed, after: Placed | None) -> None:
         own.fetch(self._stream)

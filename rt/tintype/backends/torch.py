@@ -17,6 +17,7 @@ from tintype.backends import Arrays, offloading
 from tintype.backends.execution import Call, check_execution, prepared
 from tintype.backends.slicing import AttentionSlices
 from tintype.checkpoints import Checkpoint
+from tintype.checkpoints.weights import stored_type
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
 from tintype.models.stages import (
@@ -209,7 +210,7 @@ class TorchBackend:
                 stage = self._built(name, dtype)
                 if self._offload is not None and not isinstance(stage, StepStage):
                     part = stage_component(name, self.checkpoint.components)
-                    self._offload.attach(stage, self._component(part, dtype))
+                    self._offload.attach(stage, self._component(part, dtype), dtype)
                 if isinstance(stage, (DecodeStage, EncodeImageStage)):
                     stage.tiled = self._tiled
                 if isinstance(stage, DecodeStage):
@@ -226,10 +227,18 @@ class TorchBackend:
 
     def _component(self, name: str, dtype: torch.dtype) -> nn.Module:
         if (name, dtype) not in self._components:
-            home = self.device if self._offload is None else "cpu"
-            loaded = load_component(self.checkpoint, name, dtype, home)
+            if self._offload is None:
+                loaded = load_component(self.checkpoint, name, dtype, self.device)
+            else:
+                loaded = load_component(self.checkpoint, name, self._waiting_type(name, dtype))
             self._components[name, dtype] = self._rounded(name, loaded)
         return self._components[name, dtype]
+
+    def _waiting_type(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a component's weights wait in: as they are stored, unless they change or would be wider than needed."""
+        stored = stored_type(self.checkpoint.components[name].weights)
+        as_stored = self._codes is None and not self.checkpoint.updates
+        return stored if as_stored and stored.itemsize < dtype.itemsize else dtype
 
     def _rounded(self, name: str, component: nn.Module) -> nn.Module:
         """The component, its linear layers in codes where that was asked for and it is the denoiser."""

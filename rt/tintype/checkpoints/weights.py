@@ -24,6 +24,8 @@ from tintype.checkpoints.files import (
 from tintype.errors import CheckpointError
 
 _NAMED_KEYS = 3  # how many wrong keys an error spells out
+_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I64", "I32", "U8", "BOOL"}  # tables of positions and the like
 
 
 class _Piece(NamedTuple):
@@ -73,6 +75,14 @@ def parameters(weights: Weights, path: Path) -> Iterator[tuple[str, Tensor]]:
             for target in weights.translate(key):
                 stored = _stored(file, key)
                 yield target.name, cut(stored, target, stored.dtype, "cpu")
+
+
+def stored_type(weights: Weights) -> torch.dtype:
+    """What holds all that a component's files do: a 16-bit type where nothing is in another, else float32."""
+    if any(path.suffix in PICKLES for path in weights.files):
+        return torch.float32
+    floating = {entry["dtype"] for entry in weights.entries()} - _INTEGERS
+    return _HALVES.get(floating.pop(), torch.float32) if len(floating) == 1 else torch.float32
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

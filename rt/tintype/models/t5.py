@@ -176,8 +176,8 @@ class T5Encoder(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         blocks = self.encoder.block
         x = self.shared(input_ids).float()
-        # The first block may not have come to the device yet.
-        bias = blocks[0].layer[0].SelfAttention.position_bias(input_ids.shape[1]).to(x.device)
+        bias = blocks[0].layer[0].SelfAttention.position_bias(input_ids.shape[1])
+        bias = bias.to(self.shared.weight)  # the first block may wait elsewhere, in another type
         for block in blocks:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
