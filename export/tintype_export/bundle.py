@@ -25,6 +25,7 @@ from tintype.models.stages import DecodeStage, Stage, build_stage, stage_compone
 
 from .calibration import Calibration
 from .durations import in_words, last_seconds, remember
+from .gates import part_gates
 from .graphs import point_to_weights, save, trace
 from .merging import merged
 from .profiles import check_sizes, example_inputs, profiles_of
@@ -296,8 +297,10 @@ def _write_graphs(
             began = time.perf_counter()
             arrays = example_inputs(checkpoint, module.inputs, stage, profile)
             model = trace(module, {name: torch.from_numpy(array) for name, array in arrays.items()})
-            quantise_graph(model, root, weights)
-            point_to_weights(model, weights)
+            # TensorRT takes the layer whole: it fuses a gate's halves itself.
+            parted = weights if config.target == "tensorrt" else part_gates(model, weights)
+            quantise_graph(model, root, parted)
+            point_to_weights(model, parted)
             relative = f"{under}{stage}/{profile}.onnx"
             save(model, root / relative)
             files.setdefault(stage, {})[profile] = relative

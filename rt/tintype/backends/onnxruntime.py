@@ -98,8 +98,8 @@ class OnnxRuntimeBackend:
         relative = graph_file(self.bundle.stages, *key)
         options = ort.SessionOptions()
         options.intra_op_num_threads = cores()
-        # Waiting threads that spin take the cores from the other stages' sessions, and from other processes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that spin on after a run take the cores from the other stages' sessions, and from other processes.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         # Graphs name their weights relative to the bundle's root. onnxruntime refuses paths that leave the
         # graph's own folder, and its older versions heed this entry only for a graph given as bytes.
         options.add_session_config_entry(
