@@ -49,7 +49,7 @@ def part_gates(model: ir.Model, weights: Mapping[str, StoredTensor]) -> dict[str
 
 def _gate(split: ir.Node, graph: ir.Graph) -> _Gate | None:
     """The gate that a node ends, where it is one."""
-    if split.op_type != "Split" or len(split.outputs) != 2:
+    if split.op_type != "Split" or not _halves_last_axis(split):
         return None
     add = _only_user(split.inputs[0], "Add")
     product = None if add is None else _only_user(add.inputs[0], "MatMul")
@@ -57,11 +57,20 @@ def _gate(split: ir.Node, graph: ir.Graph) -> _Gate | None:
     if add is None or product is None or transpose is None:
         return None
     weight, bias = transpose.inputs[0], add.inputs[1]
-    known = graph.initializers.values()
-    if weight is None or bias is None or not any(v is weight for v in known):
+    known = {id(value) for value in graph.initializers.values()}
+    if weight is None or bias is None or not {id(weight), id(bias)} <= known:
         return None
-    last = split.attributes["axis"].as_int() in (-1, 2) and weight.shape is not None
-    return _Gate(split, add, product, transpose, weight, bias) if last else None
+    return _Gate(split, add, product, transpose, weight, bias)
+
+
+def _halves_last_axis(split: ir.Node) -> bool:
+    axis, whole = split.attributes.get("axis"), split.inputs[0]
+    if axis is None or whole is None or whole.shape is None:
+        return False
+    shapes = [output.shape for output in split.outputs]
+    return (
+        len(shapes) == 2 and shapes[0] == shapes[1] and axis.as_int() in (-1, len(whole.shape) - 1)
+    )
 
 
 def _only_user(value: ir.Value | None, kind: str) -> ir.Node | None:

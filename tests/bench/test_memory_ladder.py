@@ -27,7 +27,7 @@ def test_every_setting_has_a_row_and_those_that_are_there_are_left_alone(tmp_pat
     assert len(first.stdout.splitlines()) == len(rows) == len(settings())
     assert all(row["predicted"] > 0 and row["measured"] is None for row in rows)
     by_offload = {row["offload"]: row["predicted"] for row in rows if not row["vae_tiling"]}
-    assert by_offload[None] > by_offload["model"] > by_offload["sequential"]
+    assert by_offload[None] > by_offload["model"] >= by_offload["sequential"]
     told.write_text(json.dumps({"rows": rows[1:]}))
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert again.stdout.splitlines() == first.stdout.splitlines()[:1]
