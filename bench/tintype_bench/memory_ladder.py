@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tintype_bench.cases import Case
 from tintype_bench.conditions import conditions
 from tintype_bench.shapes import SHAPES
-from tintype_bench.sources import Sources, default_folder
+from tintype_bench.sources import Sources, apart, default_folder
 from tintype_bench.work import PROMPT
 from tintype_kernels.cache import replace_text
 
@@ -60,8 +58,7 @@ def _rows(options: argparse.Namespace, known: set[tuple[Any, ...]]) -> Iterator[
                 "vae_tiling": setting["vae_tiling"],
             }
             if (model, *asked.values()) not in known:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    found = pool.submit(_outcome, checkpoint, options.device, asked).result()
+                found = apart(_outcome, checkpoint, options.device, asked)
                 yield {"model": model, **asked, **found}
 
 

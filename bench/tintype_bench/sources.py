@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tintype.backends.compiled import one_line
 from tintype.bundle import is_bundle, open_bundle
@@ -21,6 +21,7 @@ from tintype_bench.work import PROMPT, Runner, Work
 from tintype_kernels.cache import cache_folder
 
 VARIABLE = "TINTYPE_BENCH_CACHE"
+_T = TypeVar("_T")
 _NEEDS_GRAPHS = ("onnxruntime", "openvino")
 
 
@@ -70,7 +71,7 @@ class Sources:
 
     def _make_checkpoint(self, model: str, folder: Path) -> None:
         self.say(f"making random weights of {model}, bfloat16, in {folder}")
-        _apart(_make_checkpoint, find_shape(model, tiny=self.tiny), folder, self.draw_on)
+        apart(_make_checkpoint, find_shape(model, tiny=self.tiny), folder, self.draw_on)
 
     def _bundle(self, case: Case, precision: str) -> Path:
         """A bundle that has the case's size: the model's own where it is one, or an export."""
@@ -96,16 +97,16 @@ class Sources:
     ) -> None:
         self.say(f"exporting {checkpoint.name} in {precision} to {target}")
         try:
-            _apart(_export, checkpoint, target, precision, size, checkpoint.parent == self.folder)
+            apart(_export, checkpoint, target, precision, size, checkpoint.parent == self.folder)
         except Exception as error:  # told to every runner that asks for it, and not tried again
             self._refused[target] = f"its bundle cannot be exported: {one_line(error)}"
             raise TintypeError(self._refused[target]) from error
 
 
-def _apart(function: Callable[..., None], *arguments: Any) -> None:
-    """Call it in a process of its own, so that what it needs of memory is given back before anything is timed."""
+def apart(function: Callable[..., _T], *arguments: Any) -> _T:
+    """What it gives in a process of its own, whose memory is given back before anything is timed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(function, *arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _make_checkpoint(shape: Shape, folder: Path, device: str) -> None:

@@ -38,9 +38,8 @@ from .verify import budget_of, require, verify
 from .writing import gigabytes, require_room, written_whole
 
 _FAMILIES = ("latent_unet", "sd3", "flux")
-_ENGINE_GRAPHS = (
-    "engine-graphs"  # of which nothing is left once there are engines that hold their weights
-)
+# Of which nothing is left once there are engines that hold their weights.
+_ENGINE_GRAPHS = "engine-graphs"
 _GRAPH_BYTES = 16 << 20  # more than any model's graph; FLUX's holds its rotation at every token
 
 Say = Callable[[str], None]

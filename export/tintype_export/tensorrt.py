@@ -74,7 +74,9 @@ def build_engines(
     ``weightless`` engines hold no weights: they are filled from the graphs' when they are loaded. Building them takes
     a GPU, of any kind.
     """
-    chosen = {gpu: targets()[gpu] for gpu in gpus}
+    known = targets()
+    chosen = {gpu: known[gpu] for gpu in gpus}
+    packages = {target.trt for target in chosen.values()}
     entries: dict[str, Any] = {
         gpu: {"package": target.trt.__name__, "version": target.trt.__version__, "stages": {}}
         | ({"graphs": stages} if weightless else {})
@@ -82,7 +84,6 @@ def build_engines(
     }
     for stage, profiles in stages.items():
         for profile, graph in profiles.items():
-            packages = {target.trt for target in chosen.values()}
             parsed = {trt: _parse(trt, root, graph) for trt in packages}
             for gpu, target in chosen.items():
                 began = time.perf_counter()

@@ -179,7 +179,7 @@ def test_an_export_that_fails_is_told_to_every_runner_and_tried_once(sources, mo
             raise BundleError("stage denoise differs")
         function(*arguments)
 
-    monkeypatch.setattr("tintype_bench.sources._apart", apart)
+    monkeypatch.setattr("tintype_bench.sources.apart", apart)
     campaign = tiny_campaign(sources, *ours("onnxruntime", "int8"), *ours("openvino", "int8"))
     rows = rows_of(campaign.run(None, resume=False))
     assert len(asked) == 1
