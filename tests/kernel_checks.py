@@ -53,16 +53,17 @@ class Sample(NamedTuple):
 
 
 def _placed(value: Any, dtype: torch.dtype, device: str) -> Any:
-    """Tensors on the device, floating ones rounded; a quantised weight keeps the types that it has."""
+    """Tensors on the device, floating ones rounded; quantised weights and single numbers keep the types they have."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.dtype.is_floating_point else value.dtype)
+        return value.to(device, dtype if is_floating(value) else value.dtype)
     if isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
         return type(value)(*(part.to(device) for part in value))
     return value
 
 
 def is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype.is_floating_point
+    """Whether it has the type that is checked, and a gradient; a number in a tensor, [], has neither."""
+    return isinstance(value, Tensor) and value.dtype.is_floating_point and value.ndim > 0
 
 
 def _folded(arguments: Arguments) -> Arguments:

@@ -85,14 +85,51 @@ def _linear(
     return draw
 
 
-_TOKENS = ("x", "residual")
+_ADDED = ("x", "residual")
 LINEAR = [
-    Sample("int8_linear", "rest", _linear("int8", (2, 35), 192, 70, activation="gelu_tanh"), _TOKENS),
-    Sample("int8_linear", "plain", _linear("int8", (3,), 40, 33, epilogue=False), _TOKENS),
-    Sample("int8_linear", "large", _linear("int8", (2, 3), 128, 16, spread=1e3, epilogue=False), _TOKENS),
-    Sample("fp8_linear", "rest", _linear("fp8", (2, 35), 192, 70, activation="silu"), _TOKENS),
-    Sample("fp8_linear", "plain", _linear("fp8", (3,), 40, 33, epilogue=False), _TOKENS),
-    Sample("int4_linear", "rest", _linear("int4", (2, 35), 192, 70, activation="gelu"), _TOKENS),
-    Sample("int4_linear", "64", _linear("int4", (3,), 64, 33, group=64, epilogue=False), _TOKENS),
-    Sample("int4_linear", "128", _linear("int4", (2, 3), 256, 16, group=128, activation="gelu_tanh"), _TOKENS),
+    Sample("int8_linear", "rest", _linear("int8", (2, 35), 192, 70, activation="gelu_tanh"), _ADDED),
+    Sample("int8_linear", "plain", _linear("int8", (3,), 40, 33, epilogue=False), _ADDED),
+    Sample("int8_linear", "large", _linear("int8", (2, 3), 128, 16, spread=1e3, epilogue=False), _ADDED),
+    Sample("fp8_linear", "rest", _linear("fp8", (2, 35), 192, 70, activation="silu"), _ADDED),
+    Sample("fp8_linear", "plain", _linear("fp8", (3,), 40, 33, epilogue=False), _ADDED),
+    Sample("int4_linear", "rest", _linear("int4", (2, 35), 192, 70, activation="gelu"), _ADDED),
+    Sample("int4_linear", "64", _linear("int4", (3,), 64, 33, group=64, epilogue=False), _ADDED),
+    Sample("int4_linear", "128", _linear("int4", (2, 3), 256, 16, group=128, activation="gelu_tanh"), _ADDED),
+]  # fmt: skip
+
+
+def _convolution(
+    n: int, channels: tuple[int, int], sides: tuple[int, int], taps: int = 3, *,
+    stride: int = 1, padding: int = 1, channels_last: bool = False, spread: float = 1.0, **options: bool,
+) -> Callable[[], Arguments]:  # fmt: skip
+    def draw() -> Arguments:
+        c, outputs = channels
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x = normal(n, c, *sides, spread=spread).contiguous(memory_format=layout)
+        codes = torch.randint(-127, 128, (outputs, c, taps, taps), dtype=torch.int8)
+        scales = (0.5 + torch.rand(outputs)) / (127 * taps * c**0.5)
+        arguments = {"x": x, "qw": quantise.Int8Weight(codes, scales)}
+        arguments |= {"stride": stride, "padding": padding}
+        if options.get("epilogue", True):
+            across = [(side + 2 * padding - taps) // stride + 1 for side in sides]
+            arguments |= {"bias": normal(outputs), "residual": normal(n, outputs, *across)}
+        # A calibrated scale that cuts some off.
+        return arguments | ({"input_scale": torch.tensor(0.02)} if options.get("static") else {})
+
+    return draw
+
+
+CONVOLUTION = [
+    # channels, outputs and pixels that fill no block; channels of one block and of several; pixels for larger tiles;
+    # kernels that reach far over the edge; pictures of one pixel
+    Sample("int8_conv2d", "rest", _convolution(2, (21, 37), (7, 5)), _ADDED),
+    Sample("int8_conv2d", "NHWC, halved", _convolution(2, (64, 70), (9, 11), stride=2, channels_last=True), _ADDED),
+    Sample("int8_conv2d", "static", _convolution(2, (33, 16), (6, 9), padding=0, static=True), _ADDED),
+    Sample("int8_conv2d", "static NHWC", _convolution(2, (128, 8), (5, 4), channels_last=True, static=True), _ADDED),
+    Sample("int8_conv2d", "pointwise", _convolution(3, (130, 66), (4, 5), 1, padding=0, epilogue=False), _ADDED),
+    Sample("int8_conv2d", "many pixels", _convolution(2, (3, 5), (33, 35), epilogue=False), _ADDED),
+    Sample("int8_conv2d", "wide margin", _convolution(1, (4, 3), (2, 3), stride=2, padding=3), _ADDED),
+    Sample("int8_conv2d", "one pixel", _convolution(2, (5, 2), (1, 1)), _ADDED),
+    Sample("int8_conv2d", "large", _convolution(2, (16, 8), (4, 4), spread=1e3, epilogue=False), _ADDED),
+    Sample("int8_conv2d", "tiny", _convolution(2, (16, 8), (4, 4), spread=1e-3, epilogue=False), _ADDED),
 ]  # fmt: skip

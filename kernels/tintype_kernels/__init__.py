@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tintype_kernels.ops.geglu_quantized import geglu_quantized
     from tintype_kernels.ops.group_norm_silu import group_norm_silu
     from tintype_kernels.ops.int4_linear import int4_linear
+    from tintype_kernels.ops.int8_conv2d import int8_conv2d
     from tintype_kernels.ops.int8_linear import int8_linear
     from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate
     from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
@@ -37,6 +38,7 @@ _TENSOR_OPS = {
     "geglu_quantized": "geglu_quantized",
     "group_norm_silu": "group_norm_silu",
     "int4_linear": "int4_linear",
+    "int8_conv2d": "int8_conv2d",
     "int8_linear": "int8_linear",
     "layer_norm_modulate": "layer_norm_modulate",
     "layer_norm_modulate_quantized": "layer_norm_modulate_quantized",
@@ -60,6 +62,7 @@ __all__ = [
     "group_norm_silu",
     "implementation",
     "int4_linear",
+    "int8_conv2d",
     "int8_linear",
     "layer_norm_modulate",
     "layer_norm_modulate_quantized",

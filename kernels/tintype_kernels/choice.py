@@ -49,9 +49,16 @@ class Choices:
 
 
 def shape_class(op: str, arguments: tuple[Any, ...]) -> str:
-    """The key of a call: its tensors' types, and their sizes without the batch, rounded up to powers of two."""
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    return " ".join([op, *(f"{_short(t.dtype)}[{_sizes(t)}]" for t in tensors)])
+    """The key of a call: its tensors' types, and their sizes without the batch, rounded up to powers of two.
+
+    Whole numbers, such as a stride, count as they are.
+    """
+    parts = [
+        f"{_short(value.dtype)}[{_sizes(value)}]" if isinstance(value, Tensor) else str(value)
+        for value in arguments
+        if isinstance(value, Tensor) or type(value) is int
+    ]
+    return " ".join([op, *parts])
 
 
 def on_gpu(op: str, tensor: Tensor, arguments: tuple[Any, ...], forms: Forms) -> str:
@@ -86,7 +93,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _sizes(tensor: Tensor) -> str:
-    """A matrix of eight bits is a quantised weight, and has no batch to leave out."""
-    weight = tensor.element_size() == 1 and tensor.ndim == 2
+    """A matrix or a convolution's kernels in eight bits are a quantised weight, and have no batch to leave out."""
+    weight = tensor.element_size() == 1 and tensor.ndim in {2, 4}
     sizes = tensor.shape if weight else tensor.shape[1:]
     return "x".join(str(1 << max(size - 1, 0).bit_length()) for size in sizes)

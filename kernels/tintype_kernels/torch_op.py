@@ -23,8 +23,9 @@ class TorchOp:
     Every implementation takes the op's arguments by position and gives new tensors of the shapes and strides that
     `fake` gives; the op's schema is read off the annotations of `reference`. `obstacles` holds, by the name of an
     implementation, a function of the op's arguments that says why it cannot take them, or nothing. `variants` are more
-    Triton forms, `triton_...`, which go before `triton`. `unmeasured` is the form that runs on a GPU where nothing was
-    measured, if not the first that can.
+    Triton forms, `triton_...`, which go before `triton`. `library` is what PyTorch's operators make of the numbers that
+    the op rounds, unrounded: on GPUs it may be chosen in the place of a reference that sums in float64. `unmeasured` is
+    the form that runs on a GPU where nothing was measured, if not the first that can.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class TorchOp:
         triton: Callable[..., Any],
         native: Callable[..., Any] | None = None,
         variants: dict[str, Callable[..., Any]] | None = None,
+        library: Callable[..., Any] | None = None,
         obstacles: dict[str, Obstacle] | None = None,
         unmeasured: str = "",
     ) -> None:
@@ -45,6 +47,8 @@ class TorchOp:
         self.implementations = {"reference": reference, "triton": triton, **self.variants}
         if native is not None:
             self.implementations["native"] = native
+        if library is not None:
+            self.implementations["library"] = library
         self.obstacles = obstacles or {}
         self.gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None
         self._op = torch.library.custom_op(
@@ -81,8 +85,12 @@ class TorchOp:
             return self.implementations[self.form(*arguments)](*arguments)
 
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
-        if tensor.device.type != "cuda" or len(able) == 1:
+        if tensor.device.type != "cuda":
             return ""
+        if "library" in self.implementations:
+            able = ["library" if name == "reference" else name for name in able]
+        if len(able) == 1:
+            return able[0]
         forms = {name: partial(self.implementations[name], *arguments) for name in able}
         return choice.on_gpu(self.name, tensor, arguments, forms) or self.unmeasured
 
@@ -169,3 +177,10 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def empty(x: Tensor) -> Tensor:
     """A new contiguous tensor of x's shape, dtype and device."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """How an op on x [n, c, h, w] lays its output out: channels-last where x is that and not contiguous as well."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last

@@ -17,7 +17,7 @@ from kernel_checks import (
     is_floating,
     norm_error,
 )
-from matrix_samples import ATTENTION, LINEAR, WITH_ROLES
+from matrix_samples import ATTENTION, CONVOLUTION, LINEAR, WITH_ROLES
 from tintype_kernels import NoiseKey, Row, activate_quantized, scheduler_step
 from tintype_kernels.ahead_of_time import op_modules
 from tintype_kernels.ops import attention, fp8_linear, int8_linear
@@ -25,7 +25,7 @@ from tintype_kernels.philox import philox_normals
 from tolerances import KERNEL_NORM, KERNEL_NORMALS, LINEAR_FP8, LINEAR_INT8
 
 CHECKS = dict(every_check("cuda"))
-OURS = {sample.op for sample in SAMPLES}
+OURS = {sample.op for sample in [*SAMPLES, *CONVOLUTION]}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -34,7 +34,9 @@ def test_asked_of_every_op(name):
         CHECKS[name]()
 
 
-@pytest.mark.parametrize("sample", ATTENTION + LINEAR, ids=lambda s: f"{s.op}: {s.label}")
+@pytest.mark.parametrize(
+    "sample", ATTENTION + LINEAR + CONVOLUTION, ids=lambda s: f"{s.op}: {s.label}"
+)
 class TestMatrices:
     """The ops that multiply matrices, bfloat16 included, which the interpreter gets wrong."""
 

@@ -91,6 +91,16 @@ def test_a_quantised_weight_counts_whole():
     assert key(1, 640) != key(1, 5120)
 
 
+def test_kernels_in_codes_count_whole_and_so_does_a_stride():
+    def key(batch, outputs, stride):
+        x, codes = torch.empty(batch, 8, 4, 4), torch.empty(outputs, 8, 3, 3, dtype=torch.int8)
+        return shape_class("int8_conv2d", (x, codes, torch.empty(outputs), None, stride))
+
+    assert key(1, 32, 1) == key(8, 32, 1)
+    assert key(1, 32, 1) != key(1, 64, 1)
+    assert key(1, 32, 1) != key(1, 32, 2)
+
+
 def test_what_was_measured_is_taken_unless_overridden(monkeypatch):
     def chosen(**obstacles):
         return select(**obstacles, fastest=lambda able: "reference")

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from tintype_kernels import native as extension
 from tintype_kernels.ops import group_norm_kernels as kernels
-from tintype_kernels.torch_op import TorchOp, check, check_floating, public, wide
+from tintype_kernels.torch_op import (
+    TorchOp,
+    check,
+    check_floating,
+    memory_format,
+    public,
+    wide,
+)
 from tintype_kernels.triton_support import ceil_div, power_of_two
 
 ON_CHIP = 8192  # elements of a group that a block of eight warps holds without a spill
@@ -79,7 +86,7 @@ class _Plan:
     def __init__(self, x: Tensor, groups: int, residual: Tensor | None) -> None:
         n, C, H, W = x.shape
         self.C, self.P = C, H * W
-        layout = _memory_format(x)
+        layout = memory_format(x)
         self.x = x.contiguous(memory_format=layout)
         kind, self.residual = "none", self.x
         if residual is not None:
@@ -132,7 +139,7 @@ def _triton_backward(
     sums, means = stats.new_empty(n, 2, plan.C, plan.splits), stats.new_empty(n, 2, groups)
     weight, bias = weight.contiguous(), bias.contiguous()
     tensors = (
-        grad.contiguous(memory_format=_memory_format(x)), plan.x, plan.residual, weight, bias, stats, sums, means, dx
+        grad.contiguous(memory_format=memory_format(x)), plan.x, plan.residual, weight, bias, stats, sums, means, dx
     )  # fmt: skip
     sizes = (plan.C, plan.P)
     pixels = plan.tile["PIXELS"]
@@ -151,7 +158,7 @@ def _triton_backward(
 def _native_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x = x.contiguous(memory_format=_memory_format(x))
+    x = x.contiguous(memory_format=memory_format(x))
     out, stats = extension.group_norm_silu(x, weight, bias, groups, eps, silu, residual)
     return out, stats
 
@@ -160,24 +167,18 @@ def _native_obstacle(x: Tensor, *_: Any) -> str:
     return "" if x.dtype == torch.float32 else f"x is {x.dtype} and the native kernel takes float32"
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
-
-
 def _empty_outputs(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     """out, and [n, 3, groups]: mean, what the mean lost in rounding, inverse standard deviation."""
-    out = torch.empty_like(x, memory_format=_memory_format(x))
+    out = torch.empty_like(x, memory_format=memory_format(x))
     return out, x.new_empty(x.shape[0], 3, groups, dtype=wide(x).dtype)
 
 
 def _empty_gradients(
     _: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=_memory_format(x))
+    dx = torch.empty_like(x, memory_format=memory_format(x))
     return dx, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 

@@ -19,7 +19,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class Int8Weight(NamedTuple):
-    """codes int8 [out, in], scales float32 [out]."""
+    """codes int8 [out, in], or a convolution's [out, in, kh, kw], scales float32 [out]."""
 
     codes: Tensor
     scales: Tensor
@@ -116,10 +116,11 @@ def _select(w: Tensor) -> str:
 def dequantize(
     qw: Int8Weight | Int4Weight | Fp8Weight, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weights [out, in] that the codes stand for."""
+    """The weights that the codes stand for, [out, in] or a convolution's [out, in, kh, kw]."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(qw, Int4Weight):
         groups = qw.packed.reshape(*qw.scales.shape, -1)
         values = torch.cat([groups & 15, groups >> 4], -1).to(wide) - 8
         return (values * qw.scales.to(wide)[..., None]).flatten(1).to(dtype)
-    return (qw.codes.to(wide) * qw.scales.to(wide)[:, None]).to(dtype)
+    scales = qw.scales.to(wide).reshape(-1, *[1] * (qw.codes.ndim - 1))
+    return (qw.codes.to(wide) * scales).to(dtype)

@@ -50,6 +50,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def prefers_int8_conv2d(x: Tensor, *arguments: Any, **geometry: Any) -> bool:
+    """Whether the op that takes these arguments serves, asked for no gradient, and was measured to be the faster."""
+    if not _serves(x) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    from tintype_kernels.ops.int8_conv2d import is_preferred
+
+    return is_preferred(x, *arguments, **geometry)
+
+
 def geglu(x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
     """[..., 2*c] -> [..., c]: the first half times the GELU of the second."""
     if scheme := _codes_for(x, readers):

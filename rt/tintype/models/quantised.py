@@ -2,9 +2,9 @@
 
 A weight is a code times a scale, an output channel's (int8, fp8) or a group's of inputs (int4), symmetric throughout. A
 layer's input stays as it is ("none"), is rounded to 8 bits on a scale of the layer's own ("static", found by
-calibration), or on one a token ("dynamic", where our kernels run). Codes and scales are what a file holds; `LayerCodes`
-is that, and `QuantisedLinear` and `QuantisedConv2d` compute with it. Scales learn as in LSQ (Esser et al. 2020, arXiv
-1902.08153), smoothing is SmoothQuant's (Xiao et al. 2023, arXiv 2211.10438).
+calibration), or on one a token, of a convolution one a sample ("dynamic", where our kernels run). Codes and scales are
+what a file holds; `LayerCodes` is that, and `QuantisedLinear` and `QuantisedConv2d` compute with it. Scales learn as in
+LSQ (Esser et al. 2020, arXiv 1902.08153), smoothing is SmoothQuant's (Xiao et al. 2023, arXiv 2211.10438).
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tintype.errors import RequestError
+from tintype.models.fused import prefers_int8_conv2d
 from tintype_kernels.ops.fp8_linear import fp8_linear
 from tintype_kernels.ops.int4_linear import int4_linear
+from tintype_kernels.ops.int8_conv2d import int8_conv2d
 from tintype_kernels.ops.int8_linear import int8_linear
 from tintype_kernels.ops.quantise import Fp8Weight, Int4Weight, Int8Weight, dequantize
 from tintype_kernels.ops.quantised_rows import QuantizedRows
@@ -36,6 +39,8 @@ _GATES = (
     "time_text_embed", "norm_out", "proj_out",
 )  # fmt: skip
 _TIME = "time_emb_proj"  # of every residual block: one row of work
+# A latent UNet's self-attention, whose queries and keys go from these layers into their product as they are.
+_FACTORS = ("attn1.to_q", "attn1.to_k")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class LayerCodes:
 
     ``weight_scale`` float32 [out], or [out, groups] of int4. ``input_scale`` float32 [] where activations are static.
     ``smoothing`` float32 [in], which the input is multiplied by and the weight was divided by; linear layers only.
+    ``output_scale`` float32 [] where the output is rounded, too, since a product of two such outputs follows.
     """
 
     scheme: Scheme
@@ -80,6 +86,7 @@ class LayerCodes:
     weight_scale: Tensor
     input_scale: Tensor | None = None
     smoothing: Tensor | None = None
+    output_scale: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The weight that the codes stand for, float32, smoothing included."""
@@ -140,9 +147,8 @@ class _Quantised(nn.Module):
         self.register_buffer("codes", self._held(kept.codes))
         self.weight_scale = nn.Parameter(kept.weight_scale.float(), requires_grad=False)
         static = kept.scheme.activations == "static"
-        self.input_scale = (
-            nn.Parameter(kept.input_scale.float(), requires_grad=False) if static else None
-        )
+        self.input_scale = _learnable(kept.input_scale if static else None)
+        self.output_scale = _learnable(kept.output_scale)
         self.register_buffer("smoothing", kept.smoothing)
         self.register_parameter("weight", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -153,7 +159,7 @@ class _Quantised(nn.Module):
             weight = weight / self.smoothing
         start = self.kept().weight() if weight is None else weight.detach().float().clone()
         self.weight = nn.Parameter(start)
-        for scale in (self.weight_scale, self.input_scale):
+        for scale in (self.weight_scale, *self._side_scales()):
             if scale is not None:
                 scale.requires_grad_(True)
 
@@ -161,9 +167,12 @@ class _Quantised(nn.Module):
         """Keep the codes that the tuned weight rounds to, and forget it."""
         self.codes = self._held(self.kept().codes)
         self.weight = None
-        for scale in (self.weight_scale, self.input_scale):
+        for scale in (self.weight_scale, *self._side_scales()):
             if scale is not None:
                 scale.requires_grad_(False)
+
+    def _side_scales(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        return self.input_scale, self.output_scale
 
     def kept(self) -> LayerCodes:
         """Codes and scales as they are now."""
@@ -174,8 +183,9 @@ class _Quantised(nn.Module):
             if tuned is None
             else round_codes(tuned.detach(), scale, self.scheme.weights)
         )
-        input_scale = None if self.input_scale is None else self.input_scale.detach()
-        return LayerCodes(self.scheme, codes, scale, input_scale, self.smoothing)
+        sides = [None if each is None else each.detach() for each in self._side_scales()]
+        input_scale, output_scale = sides
+        return LayerCodes(self.scheme, codes, scale, input_scale, self.smoothing, output_scale)
 
     def _held(self, codes: Tensor) -> Tensor:
         """Codes as the layer holds them."""
@@ -196,9 +206,15 @@ class _Quantised(nn.Module):
     def _input(self, x: Tensor) -> Tensor:
         if self.smoothing is not None:
             x = x * self.smoothing.to(x.dtype)
-        if self.input_scale is None:
-            return x
-        return fake_quantise(x, self.input_scale, self.scheme.weights)
+        return self._rounded(x, self.input_scale)
+
+    def _rounded(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        return x if scale is None else fake_quantise(x, scale, self.scheme.weights)
+
+
+def _learnable(scale: Tensor | None) -> nn.Parameter | None:
+    """A scale that learns once the layer is tuned."""
+    return None if scale is None else nn.Parameter(scale.float(), requires_grad=False)
 
 
 class QuantisedLinear(_Quantised):
@@ -218,7 +234,7 @@ class QuantisedLinear(_Quantised):
             return self._dynamic(x)
         if self.weight is None and self.scheme.weights == "int4":
             return int4_linear(x, Int4Weight(self.codes, self.weight_scale), self.bias)
-        return F.linear(x, self._weight(x.dtype), self.bias)
+        return self._rounded(F.linear(x, self._weight(x.dtype), self.bias), self.output_scale)
 
     def _dynamic(self, x: Tensor | QuantizedRows) -> Tensor:
         if self.scheme.weights == "int8":
@@ -239,7 +255,11 @@ class QuantisedLinear(_Quantised):
 
 
 class QuantisedConv2d(_Quantised):
-    """x [n, in, h, w] -> [n, out, h', w'], with the geometry of the layer that it replaces."""
+    """x [n, in, h, w] -> [n, out, h', w'], with the geometry of the layer that it replaces.
+
+    Where our kernel for int8 is not the faster one, dynamic inputs are left as they are: that is the library's
+    convolution with the weights that the codes stand for.
+    """
 
     def __init__(self, kept: LayerCodes, layer: nn.Conv2d) -> None:
         super().__init__(kept, layer.bias)
@@ -248,8 +268,33 @@ class QuantisedConv2d(_Quantised):
         }
 
     def forward(self, x: Tensor) -> Tensor:
+        sides = _square(self.geometry)
+        if self._has_kernel and self.weight is None and sides is not None:
+            qw = Int8Weight(self.codes, self.weight_scale)
+            how = {**sides, "input_scale": self.input_scale}
+            if prefers_int8_conv2d(x, qw, self.bias, **how):
+                return int8_conv2d(x, qw, self.bias, **how)
         x = self._input(x)
         return F.conv2d(x, self._weight(x.dtype), self.bias, **self.geometry)
+
+    @property
+    def _has_kernel(self) -> bool:
+        return self.scheme.weights == "int8" and self.scheme.activations != "none"
+
+    def _held(self, codes: Tensor) -> Tensor:
+        return codes.contiguous(memory_format=torch.channels_last) if self._has_kernel else codes
+
+    def _codes(self) -> Tensor:
+        return self.codes.contiguous()
+
+
+def _square(geometry: Mapping[str, Any]) -> dict[str, int] | None:
+    """The stride and the padding of both sides, or nothing of a geometry that our kernel does not know."""
+    stride, padding = geometry["stride"], geometry["padding"]
+    known = geometry["dilation"] == (1, 1) and geometry["groups"] == 1
+    if not known or isinstance(padding, str) or len({*stride}) + len({*padding}) > 2:
+        return None
+    return {"stride": stride[0], "padding": padding[0]}
 
 
 def pack_for_kernels(codes: Tensor, group: int) -> Tensor:
@@ -277,6 +322,11 @@ def is_inner(name: str, scheme: Scheme) -> bool:
     modulates = any(part.startswith("norm") for part in parts)
     outside = parts[0] in _GATES or _TIME in parts
     return not outside and not (modulates and scheme.activations != "none")
+
+
+def is_factor(name: str) -> bool:
+    """Whether a denoiser's layer gives the queries or keys of a product that may be one of codes, too."""
+    return name.endswith(_FACTORS)
 
 
 def round_linears(model: nn.Module, scheme: Scheme) -> nn.Module:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernel_checks import norm_error
 from tintype.models import fused
 from tintype.models.flux import FluxConfig, FluxTransformer
-from tintype.models.quantised import QuantisedLinear, Scheme, round_linears
+from tintype.models.quantised import (
+    QuantisedLinear,
+    Scheme,
+    layer_codes,
+    nearest,
+    quantised_layer,
+    round_linears,
+)
 from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.unet import UNet, UNetConfig
 from tintype_kernels.torch_op import TorchOp
-from tolerances import QUANTISED_GRAPH, relative_error
+from tolerances import LINEAR_INT8, QUANTISED_GRAPH, relative_error
 
 _TEXT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
 _POOLED = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))
@@ -156,6 +165,56 @@ def test_layers_that_want_numbers_get_them(model, ops_called):
     assert not fused._codes_for(inputs[0], [quantised[1], torch.nn.Linear(1, 1)])
     assert "int8_linear" in ops_called
     assert "quantized_rows_linear" not in ops_called
+
+
+@pytest.fixture
+def convolution():
+    """A layer's input, and the layer in int8 with these activations and this geometry."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 9, 8)
+
+    def make(activations, **geometry):
+        layer = torch.nn.Conv2d(32, 48, 3, **geometry)
+        kept = nearest(layer.weight.detach(), Scheme("int8", activations))
+        static = activations == "static"
+        kept = replace(kept, input_scale=x.abs().max() / 150) if static else kept
+        return x, quantised_layer(layer, kept), kept
+
+    return make
+
+
+@pytest.mark.parametrize(("activations", "close"), [("static", 1e-5), ("dynamic", LINEAR_INT8)])
+def test_a_convolution_takes_codes_where_that_was_faster(
+    activations, close, convolution, ops_called, monkeypatch
+):
+    x, layer, kept = convolution(activations, stride=2, padding=1)
+    preferred = "tintype_kernels.ops.int8_conv2d.is_preferred"
+    with torch.inference_mode():
+        monkeypatch.setattr(preferred, lambda *_, **__: False)
+        plain = layer(x)
+        assert not ops_called
+        monkeypatch.setattr(preferred, lambda *_, **__: True)
+        fused_output = layer(x)
+    assert ops_called == ["int8_conv2d"]
+    assert norm_error(fused_output, plain) < close
+    layer(x)
+    assert ops_called == ["int8_conv2d"]  # not where gradients are asked for
+    codes = layer_codes(torch.nn.Sequential(layer))["0"].codes
+    assert codes.is_contiguous()
+    assert torch.equal(codes, kept.codes)
+
+
+@pytest.mark.parametrize(
+    "geometry", [{"dilation": 2}, {"padding": (0, 1)}, {"stride": (2, 1)}, {"padding": "same"}]
+)
+def test_a_geometry_that_the_kernel_does_not_know_is_the_librarys(
+    geometry, convolution, ops_called, monkeypatch
+):
+    monkeypatch.setattr("tintype_kernels.ops.int8_conv2d.is_preferred", lambda *_, **__: True)
+    x, layer, _ = convolution("static", **geometry)
+    with torch.inference_mode():
+        layer(x)
+    assert not ops_called
 
 
 def test_an_exported_model_holds_no_op_of_ours(model, ops_called):
