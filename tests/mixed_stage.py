@@ -16,6 +16,7 @@ from tintype_export.qdq import quantise_graph
 from tintype_export.quantisation import layer_tensors
 from tintype_export.storage import HIGH
 
+FACTORS = ("to_q", "to_k")  # whose outputs are rounded, too, where inputs are
 GRAPH = "denoise/6x5-b2.onnx"
 WEIGHTS = "weights/unet.safetensors"
 SCHEMES = {
@@ -68,6 +69,8 @@ def make_recipe(model, scheme):
             largest = {"int8": 127, "fp8": 448}[scheme.weights]
             top = {"to_q": 1.0, "to_k": 1.0}.get(name, 4.0)
             kept = replace(kept, input_scale=torch.tensor(top / largest))
+            if name in FACTORS:
+                kept = replace(kept, output_scale=torch.tensor(1.5 / largest))
         recipe[name] = kept
     if scheme.activations == "static":
         factors = torch.rand(64) + 0.5

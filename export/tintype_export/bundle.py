@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,17 +20,17 @@ import tintype
 from tintype.backends.torch import made_safe
 from tintype.bundle import Bundle, describe, save_manifest
 from tintype.checkpoints import Checkpoint, open_checkpoint
-from tintype.checkpoints.lora import Lora
+from tintype.checkpoints.lora_files import Lora
 from tintype.errors import CheckpointError
 from tintype.models.stages import DecodeStage, Stage, build_stage, stage_component
 
 from .calibration import Calibration
 from .durations import in_words, last_seconds, remember
 from .gates import part_gates
-from .graphs import point_to_weights, save, trace
+from .graphs import StoredTensor, point_to_weights, save, trace
 from .merging import merged
 from .profiles import check_sizes, example_inputs, profiles_of
-from .qdq import quantise_graph
+from .qdq import OUTPUT_SCALE, quantise_graph
 from .quantisation import Quantised, plan
 from .report import BUDGETS
 from .storage import Precision, Store, precision, store_weights, stored_bytes, weight_bytes
@@ -296,15 +297,23 @@ def _write_graphs(
             began = time.perf_counter()
             arrays = example_inputs(checkpoint, module.inputs, stage, profile)
             model = trace(module, {name: torch.from_numpy(array) for name, array in arrays.items()})
-            # TensorRT takes the layer whole: it fuses a gate's halves itself.
-            parted = weights if config.target == "tensorrt" else part_gates(model, weights)
-            quantise_graph(model, root, parted)
-            point_to_weights(model, parted)
+            fitted = _fit_target(model, weights, config.target)
+            quantise_graph(model, root, fitted)
+            point_to_weights(model, fitted)
             relative = f"{under}{stage}/{profile}.onnx"
             save(model, root / relative)
             files.setdefault(stage, {})[profile] = relative
             say(f"{relative}: {time.perf_counter() - began:.1f} s")
     return files
+
+
+def _fit_target(
+    model: ir.Model, weights: Mapping[str, StoredTensor], target: str
+) -> dict[str, StoredTensor]:
+    """The weights that the graph reads on a target. TensorRT fuses a gate and an attention, which it is given whole."""
+    if target == "tensorrt":
+        return {name: each for name, each in weights.items() if not name.endswith(OUTPUT_SCALE)}
+    return part_gates(model, weights)
 
 
 def _prefix(stage: Stage) -> str:

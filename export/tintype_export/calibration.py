@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tintype.backends.torch import TorchBackend
 from tintype.checkpoints import Checkpoint
 from tintype.loading import checkpoint_pipeline
-from tintype.models.quantised import quantisable
+from tintype.models.quantised import is_factor, quantisable
 from tintype.models.stages import Stage
 
 # Short sentences of what pictures are asked for most: places, animals, people, things, weather, styles.
@@ -48,8 +48,11 @@ class Calibration:
 
 
 @dataclass
-class LayerInputs:
-    """``rows`` float32 [n, in * kernel]: what one output value is made of; ``largest`` float32 [in] over everything."""
+class Sample:
+    """What went into a layer: ``rows`` float32 [n, in * kernel], of which one output is made; ``largest`` [in] of all.
+
+    Or what came out of one: rows [n, out], largest [out].
+    """
 
     parts: list[Tensor] = field(default_factory=list)
     largest: Tensor | None = None
@@ -67,10 +70,14 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Seen:
-    """The inputs of every layer that was called, by name, and of the denoiser as a whole."""
+    """The inputs of every layer that was called, by name, and of the denoiser as a whole.
 
-    layers: Mapping[str, LayerInputs]
+    ``factors``: the outputs of the layers whose outputs are multiplied with one another.
+    """
+
+    layers: Mapping[str, Sample]
     stage: list[tuple[Tensor, ...]]
+    factors: Mapping[str, Sample] = field(default_factory=dict)
 
 
 def calibrate(
@@ -87,27 +94,28 @@ def calibrate(
     stage = backend.module("denoise")
     ((_, model),) = stage.named_children()
     calls = config.steps * len(config.prompts)
-    layers = {name: LayerInputs() for name in quantisable(model)}
+    layers = {name: Sample() for name in quantisable(model)}
+    factors = {name: Sample() for name in layers if is_factor(name)}
     inputs: list[tuple[Tensor, ...]] = []
-    with _watched(stage, model, layers, inputs, max(1, config.rows // calls)):
+    with _watched(stage, layers, factors, inputs, max(1, config.rows // calls)):
         for seed, prompt in enumerate(config.prompts):
             pipe(prompt, seed=seed, num_inference_steps=config.steps, output_type="latent")
     every = max(1, len(inputs) // config.shown)
     called = {name: each for name, each in layers.items() if each.parts}
-    return stage, Seen(called, inputs[every // 2 :: every][: config.shown])
+    return stage, Seen(called, inputs[every // 2 :: every][: config.shown], factors)
 
 
 @contextmanager
 def _watched(
     stage: Stage,
-    model: nn.Module,
-    layers: Mapping[str, LayerInputs],
+    layers: Mapping[str, Sample],
+    factors: Mapping[str, Sample],
     inputs: list[tuple[Tensor, ...]],
     rows: int,
 ) -> Iterator[None]:
-    """While the block runs, each call adds ``rows`` of every layer's inputs, and the stage's own."""
+    """While the block runs, each call adds ``rows`` of every layer's inputs, of factors, and the stage's own."""
 
-    def look(seen: LayerInputs) -> Callable[..., None]:
+    def look(seen: Sample) -> Callable[..., None]:
         def hook(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             # Layers that read one and the same input draw the same rows, and so find the same scale for it.
             generator = torch.Generator().manual_seed(len(seen.parts))
@@ -115,9 +123,17 @@ def _watched(
 
         return hook
 
-    hooks = [
-        layer.register_forward_pre_hook(look(layers[name]))
-        for name, layer in quantisable(model).items()
+    def look_behind(seen: Sample) -> Callable[..., None]:
+        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.add(*_token_rows(output, rows, torch.Generator().manual_seed(len(seen.parts))))
+
+        return hook
+
+    ((_, model),) = stage.named_children()
+    found = quantisable(model)
+    hooks = [found[name].register_forward_pre_hook(look(seen)) for name, seen in layers.items()]
+    hooks += [
+        found[name].register_forward_hook(look_behind(seen)) for name, seen in factors.items()
     ]
     hooks.append(stage.register_forward_pre_hook(lambda _, given: inputs.append(given)))
     try:
@@ -137,6 +153,11 @@ def _sample(
         places = [torch.randint(size, (count,), generator=generator) for size in sizes]
         rows = windows[places[0], :, places[1], places[2]]
         return rows.flatten(1), x.float().abs().amax((0, 2, 3))
+    return _token_rows(x, count, generator)
+
+
+def _token_rows(x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random rows [count, channels] of tokens [..., channels], and the largest magnitude of each channel."""
     flat = x.reshape(-1, x.shape[-1])
     rows = flat[torch.randint(len(flat), (count,), generator=generator)]
     return rows, flat.float().abs().amax(0)

@@ -91,7 +91,7 @@ def register(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, verify, and say where the bundle is."""
     from tintype.checkpoints import open_checkpoint
-    from tintype.checkpoints.lora import Lora
+    from tintype.checkpoints.lora_files import Lora
     from tintype.loading import resolve
 
     source = resolve(options.model)

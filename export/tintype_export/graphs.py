@@ -14,7 +14,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor
 
-from tintype.checkpoints.files import Weights, read_header
+from tintype.checkpoints.files import Weights, stored_whole
 from tintype.errors import CheckpointError
 from tintype.models.stages import Stage
 
@@ -41,20 +41,12 @@ class StoredTensor:
 
 
 def stored_tensors(root: Path, weights: Weights) -> dict[str, StoredTensor]:
-    """The parameters that lie whole and untransposed in the component's safetensors files, by our names."""
+    """The parameters that graphs can point to in the component's safetensors files, by our names."""
     found: dict[str, StoredTensor] = {}
-    for path in weights.files:
-        header, data_bytes = read_header(path)
-        data_start = path.stat().st_size - data_bytes
-        location = path.relative_to(root).as_posix()
-        for key, entry in header.items():
-            targets = () if key == "__metadata__" else weights.translate(key)
-            if len(targets) == 1 and targets[0].as_stored:
-                begin, end = entry["data_offsets"]
-                shape = targets[0].shape(tuple(entry["shape"]))
-                dtype = _dtype(location, entry["dtype"])
-                place = (data_start + begin, end - begin)
-                found[targets[0].name] = StoredTensor(location, dtype, shape, *place)
+    for name, stored in stored_whole(weights):
+        location = stored.path.relative_to(root).as_posix()
+        dtype = _dtype(location, stored.dtype)
+        found[name] = StoredTensor(location, dtype, stored.shape, stored.begin, stored.size)
     return found
 
 

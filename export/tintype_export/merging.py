@@ -9,7 +9,7 @@ from pathlib import Path
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.checkpoint import Component
 from tintype.checkpoints.files import Weights
-from tintype.checkpoints.lora import Lora
+from tintype.checkpoints.lora_files import Lora
 from tintype.checkpoints.weights import stored_type
 
 from .writing import save_tensors

@@ -17,6 +17,7 @@ from .graphs import StoredTensor, external
 
 _BLOCKS_OPSET = 21
 _SCALE = ".weight_scale"
+OUTPUT_SCALE = ".output_scale"
 # A zero of the type that an input is rounded to says which type that is.
 _ZEROS = {
     ir.DataType.INT8: np.zeros((), np.int8),
@@ -50,6 +51,7 @@ class _Graph:
         codes = self.weights[f"{layer}.weight"]
         for product in list(_products(value)):
             self._round_input(product, layer, codes.dtype)
+            self._round_output(product, layer, codes.dtype)
         if codes.dtype == ir.DataType.UINT8:
             self._read_blocks(layer, value)
         else:
@@ -95,17 +97,30 @@ class _Graph:
             x = self._follow(x, node, x.dtype)
         key = (id(x), self._scalar(stored))
         if key not in self.rounded:  # layers that round one value alike share it
-            self.rounded[key] = self._rounded(x, layer, stored, kind)
+            self.rounded[key] = self._rounded(x, f"{layer}.input", stored, kind)
         product.replace_input_with(0, self.rounded[key])
 
-    def _rounded(
-        self, x: ir.Value, layer: str, stored: StoredTensor, kind: ir.DataType
-    ) -> ir.Value:
-        scale = self._initializer(external(f"{layer}.input_scale", stored))
+    def _round_output(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
+        """Round what a product gives, where the layer has a scale for that; a bias is added before."""
+        stored = self.weights.get(f"{layer}{OUTPUT_SCALE}")
+        if stored is None:
+            return
+        (output,) = product.outputs
+        users = [node for node, _ in output.uses()]
+        if len(users) == 1 and users[0].op_type == "Add":
+            (output,) = users[0].outputs
+        readers = list(output.uses())
+        rounded = self._rounded(output, f"{layer}.output", stored, kind)
+        for node, index in readers:
+            node.replace_input_with(index, rounded)
+
+    def _rounded(self, x: ir.Value, name: str, stored: StoredTensor, kind: ir.DataType) -> ir.Value:
+        """x in codes of this kind and back, at the scale ``name`` with _scale added."""
+        scale = self._initializer(external(f"{name}_scale", stored))
         zero = self._initializer(ir.tensor(_ZEROS[kind], name=f"zero.{kind.name.lower()}"))
-        node = ir.node("QuantizeLinear", [x, scale, zero], name=f"{layer}.input.codes")
+        node = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}.codes")
         codes = self._follow(x, node, kind)
-        node = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{layer}.input")
+        node = ir.node("DequantizeLinear", [codes, scale, zero], name=name)
         return self._follow(codes, node, x.dtype)
 
     def _scalar(self, stored: StoredTensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from tintype.checkpoints.weights import parameters
 from tintype.models.quantised import LayerCodes, Scheme, quantisable
 from tintype.models.stages import stage_component
 
-from .calibration import Calibration, LayerInputs, calibrate
-from .rounding import round_layer
+from .calibration import Calibration, Seen, calibrate
+from .rounding import round_layer, static_scale
 from .sensitivity import MOST_MEASURED, Rounder, Sensitivity, by_rule, measured
 from .writing import save_tensors, shard_paths
 
 Say = Callable[[str], None]
 
 HIGH = torch.float16  # what is not kept in codes is stored in this
+_OPTIONAL = ("input_scale", "smoothing", "output_scale")  # of a layer, under these names in a file
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,14 @@ def plan(
     kind = KINDS[precision]
     if calibration is None:
         scheme = _scheme(precision, "none", group)
-        return Quantised(scheme, by_rule(_skeleton(checkpoint), scheme), _rounder(scheme, {}), None)
+        rounder = _rounder(scheme, Seen({}, []))
+        return Quantised(scheme, by_rule(_skeleton(checkpoint), scheme), rounder, None)
     scheme = _scheme(precision, kind.activations, group)
     say(f"calibrate: {len(calibration.prompts)} prompts, {calibration.steps} steps")
     hollow = _skeleton(checkpoint)
     large = sum(each.numel() for each in hollow.parameters()) > MOST_MEASURED
     stage, seen = calibrate(checkpoint, calibration, block_by_block=large)
-    rounder = _rounder(scheme, seen.layers)
+    rounder = _rounder(scheme, seen)
     if large:
         return Quantised(scheme, by_rule(hollow, scheme, seen.layers), rounder, calibration)
     say("sensitivity: one layer at a time")
@@ -93,8 +95,15 @@ def _scheme(weights: str, activations: str, group: int) -> Scheme:
     return Scheme(weights, activations, group if weights == "int4" else None)
 
 
-def _rounder(scheme: Scheme, layers: Mapping[str, LayerInputs]) -> Rounder:
-    return lambda name, weight: round_layer(weight, scheme, layers.get(name))
+def _rounder(scheme: Scheme, seen: Seen) -> Rounder:
+    def rounded(name: str, weight: Tensor) -> LayerCodes:
+        kept = round_layer(weight, scheme, seen.layers.get(name))
+        # Of products of tokens with tokens, int8 ones alone are anywhere faster than 16-bit ones.
+        if scheme.weights == "int8" and name in seen.factors:
+            return replace(kept, output_scale=static_scale(seen.factors[name], scheme.weights))
+        return kept
+
+    return rounded
 
 
 def _skeleton(checkpoint: Checkpoint) -> nn.Module:
@@ -139,7 +148,7 @@ def layer_tensors(layer: str, kept: LayerCodes, scales: torch.dtype) -> dict[str
         linear = codes.ndim == 2
         codes = packed(flat.t().contiguous() if linear else flat)
         scale = scale.t() if linear else scale
-    optional = {"input_scale": kept.input_scale, "smoothing": kept.smoothing}
+    optional = {name: getattr(kept, name) for name in _OPTIONAL}
     tensors = {"weight": codes, "weight_scale": scale.to(scales), **_given(optional, scales)}
     return {f"{layer}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -162,18 +171,16 @@ _STORED = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
 
 def _read_layer(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> LayerCodes:
     codes, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float()
-    input_scale, smoothing = (
-        tensors.get(f"{name}.{each}") for each in ("input_scale", "smoothing")
-    )
+    optional = {each: tensors.get(f"{name}.{each}") for each in _OPTIONAL}
     weights, group = _STORED[codes.dtype], None
     if weights == "int4":
         codes = unpacked(codes)
         if len(shape) == 2:
             codes, scale = codes.t(), scale.t()
         group = codes.shape[1] // scale.shape[1]
-    scheme = Scheme(weights, "none" if input_scale is None else "static", group)
-    wide = [None if each is None else each.float() for each in (input_scale, smoothing)]
-    return LayerCodes(scheme, codes.reshape(shape).contiguous(), scale.contiguous(), *wide)
+    scheme = Scheme(weights, "none" if optional["input_scale"] is None else "static", group)
+    wide = {each: None if value is None else value.float() for each, value in optional.items()}
+    return LayerCodes(scheme, codes.reshape(shape).contiguous(), scale.contiguous(), **wide)
 
 
 def packed(codes: Tensor) -> Tensor:

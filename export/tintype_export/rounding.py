@@ -22,7 +22,7 @@ from tintype.models.quantised import (
     scaled_codes,
 )
 
-from .calibration import LayerInputs
+from .calibration import Sample
 
 # Shares of the largest magnitude that are tried as the largest that is not cut off.
 _INPUT_CLIPS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -35,7 +35,7 @@ _LARGEST_INVERSE = 8192  # columns; above, the inverse costs more than it is wor
 _CACHED = 1 << 18  # weights whose scales are tried together, in copies that stay in a core's cache
 
 
-def round_layer(weight: Tensor, scheme: Scheme, seen: LayerInputs | None) -> LayerCodes:
+def round_layer(weight: Tensor, scheme: Scheme, seen: Sample | None) -> LayerCodes:
     """Codes of a weight [out, in, ...] in ``scheme``; without ``seen`` the scales are found on the weight alone."""
     if scheme.weights == "int4":
         return _in_groups(weight, scheme, seen)
@@ -43,7 +43,7 @@ def round_layer(weight: Tensor, scheme: Scheme, seen: LayerInputs | None) -> Lay
     if scheme.activations != "static":
         return kept
     assert seen is not None
-    plain = replace(kept, input_scale=input_scale(seen, scheme.weights))
+    plain = replace(kept, input_scale=static_scale(seen, scheme.weights))
     if weight.ndim > 2:
         return plain
     smooth = _smoothed(weight, scheme, seen)
@@ -52,7 +52,7 @@ def round_layer(weight: Tensor, scheme: Scheme, seen: LayerInputs | None) -> Lay
     return smooth if _error(smooth, weight, rows) < worth else plain
 
 
-def input_scale(seen: LayerInputs, kind: str) -> Tensor:
+def static_scale(seen: Sample, kind: str) -> Tensor:
     """The scale [] of least squared error on the sample; at most what cuts nothing off."""
     assert seen.largest is not None
     top = seen.largest.max().clamp_min(1e-12) / LARGEST_CODE[kind]
@@ -62,16 +62,16 @@ def input_scale(seen: LayerInputs, kind: str) -> Tensor:
     return scales[errors.index(min(errors))]
 
 
-def _smoothed(weight: Tensor, scheme: Scheme, seen: LayerInputs) -> LayerCodes:
+def _smoothed(weight: Tensor, scheme: Scheme, seen: Sample) -> LayerCodes:
     """Channels of large inputs made smaller, and their weights larger, each by the root of how much they are so."""
     assert seen.largest is not None
     inputs = seen.largest.clamp_min(1e-5)
     weights = weight.float().abs().amax(0).clamp_min(1e-5)
     factors = (weights ** (1 - _SMOOTHING) / inputs**_SMOOTHING).float()
     factors = factors / factors.log().mean().exp()  # so that most stay as large as they were
-    moved = LayerInputs([seen.rows * factors], seen.largest * factors)
+    moved = Sample([seen.rows * factors], seen.largest * factors)
     kept = nearest(weight.float() / factors, scheme)
-    return replace(kept, smoothing=factors, input_scale=input_scale(moved, scheme.weights))
+    return replace(kept, smoothing=factors, input_scale=static_scale(moved, scheme.weights))
 
 
 def _error(kept: LayerCodes, weight: Tensor, rows: Tensor) -> float:
@@ -82,7 +82,7 @@ def _error(kept: LayerCodes, weight: Tensor, rows: Tensor) -> float:
     return float((x @ kept.weight().t() - rows @ weight.float().t()).square().sum())
 
 
-def _in_groups(weight: Tensor, scheme: Scheme, seen: LayerInputs | None) -> LayerCodes:
+def _in_groups(weight: Tensor, scheme: Scheme, seen: Sample | None) -> LayerCodes:
     flat = weight.float().flatten(1)
     if seen is None or flat.shape[1] > _LARGEST_INVERSE:
         scale = clipped_scales(flat, scheme, torch.ones(flat.shape[1]))

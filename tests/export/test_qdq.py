@@ -66,7 +66,7 @@ def test_the_graph_holds_no_weights_and_shares_what_is_rounded_alike(written):
     outside = {t.name for t in graph.initializer} - {t.name for t in inside}
     assert {f"unet.{name}.weight.codes" for name in ("conv", "to_q", "to_k", "row")} <= outside
     rounded = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    assert len(rounded) == (3 if scheme.activations == "static" else 0)
+    assert len(rounded) == (5 if scheme.activations == "static" else 0)
 
 
 def test_codes_are_read_back_as_they_were_written(written):
@@ -77,6 +77,7 @@ def test_codes_are_read_back_as_they_were_written(written):
         assert torch.equal(back[name].codes.float(), kept.codes.float())
         assert torch.equal(back[name].weight_scale, kept.weight_scale)
         assert (back[name].smoothing is None) == (kept.smoothing is None)
+        assert back[name].output_scale == kept.output_scale
 
 
 def test_codes_of_four_bits_lie_as_onnx_says():

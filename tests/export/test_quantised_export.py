@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -99,6 +100,39 @@ def test_the_report_says_what_each_layer_alone_does(exported):
         assert (row["stored"] == precision) == (f"{name}.weight_scale" in tensors)
         assert row["stored"] == "high" or 0 < row["error"] < 1
     assert layers["conv_in"] == {"name": "conv_in", "stored": "high", "error": None}
+
+
+def test_queries_and_keys_of_int8_are_multiplied_as_codes(exported):
+    folder, precision = exported
+    codes = {
+        name.removesuffix(".weight_scale")
+        for name in load_file(folder / "weights/unet.safetensors")
+        if name.endswith(".weight_scale")
+    }
+    pairs = [
+        {f"unet.{each.replace('to_q', name)}.output" for name in ("to_q", "to_k")}
+        for each in codes
+        if each.endswith("attn1.to_q") and each.replace("to_q", "to_k") in codes
+    ]
+    assert pairs
+    found = list(
+        multiplied(onnx.load(folder / "denoise/16x16-b2.onnx", load_external_data=False).graph)
+    )
+    assert all((pair in found) == (precision == "int8") for pair in pairs)
+
+
+def multiplied(graph):
+    """The sets of two values that are multiplied with one another, told before they were reshaped and scaled."""
+    producers = {output: node for node in graph.node for output in node.output}
+
+    def origin(name):
+        node = producers.get(name)
+        passes = node is not None and node.op_type in ("Reshape", "Transpose", "Mul")
+        return origin(node.input[0]) if passes else name
+
+    for node in graph.node:
+        if node.op_type == "MatMul":
+            yield {origin(name) for name in node.input}
 
 
 def test_torch_runs_the_layers_of_a_bundle_as_the_bundle_does(source, exported):
@@ -223,6 +257,8 @@ def test_engines_are_built_of_codes_and_float16(source, tmp_path, monkeypatch):
     assert bundle.provenance["options"]["computed"] == "float16"
     stages = {row["stage"]: row for row in bundle.provenance["verification"]["stages"]}
     assert stages["denoise"]["computes"] == ["float16"]
+    graph = onnx.load(bundle.path(bundle.stages["denoise"]["16x16-b2"]), load_external_data=False)
+    assert not [node for node in graph.graph.node if ".output" in node.name]
 
 
 def test_a_group_that_there_is_not_is_refused_before_any_work(source, tmp_path):

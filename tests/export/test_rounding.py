@@ -13,15 +13,15 @@ from small_checkpoints import save_smallest
 from tintype.checkpoints import open_checkpoint
 from tintype.models.quantised import Scheme, fake_quantise, nearest, quantisable
 from tintype_export import rounding
-from tintype_export.calibration import Calibration, LayerInputs, _sample, calibrate, input_windows
-from tintype_export.rounding import clipped_scales, compensated, input_scale, round_layer
+from tintype_export.calibration import Calibration, Sample, _sample, calibrate, input_windows
+from tintype_export.rounding import clipped_scales, compensated, round_layer, static_scale
 from tolerances import KERNEL_FORMULA
 
 INT4 = Scheme("int4", group=32)
 
 
 def seen(rows):
-    return LayerInputs([rows], rows.abs().amax(0))
+    return Sample([rows], rows.abs().amax(0))
 
 
 def output_error(kept, weight, rows):
@@ -69,7 +69,7 @@ def test_every_layer_of_the_denoiser_is_seen_and_so_is_its_output(calibrated):
 def test_layers_that_read_one_input_find_one_scale(calibrated):
     _, found = calibrated
     attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
-    scales = {float(input_scale(found.layers[f"{attention}.to_{n}"], "int8")) for n in "qkv"}
+    scales = {float(static_scale(found.layers[f"{attention}.to_{n}"], "int8")) for n in "qkv"}
     assert len(scales) == 1
 
 
@@ -128,7 +128,7 @@ def test_an_input_scale_cuts_off_what_is_rare():
     torch.manual_seed(0)
     rows = torch.randn(1000, 8)
     rows[3, 4] = 60
-    cut, largest = input_scale(seen(rows), "int8"), rows.abs().max() / 127
+    cut, largest = static_scale(seen(rows), "int8"), rows.abs().max() / 127
     assert cut < largest
 
     def error(scale):
@@ -146,5 +146,5 @@ def test_smoothing_is_taken_where_some_channels_are_far_larger_and_only_there():
     assert round_layer(weight, scheme, seen(even)).smoothing is None
     kept = round_layer(weight, scheme, seen(uneven))
     assert kept.smoothing is not None
-    plain = replace(nearest(weight, scheme), input_scale=input_scale(seen(uneven), "int8"))
+    plain = replace(nearest(weight, scheme), input_scale=static_scale(seen(uneven), "int8"))
     assert output_error(kept, weight, uneven) < 0.75 * output_error(plain, weight, uneven)
