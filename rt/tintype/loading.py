@@ -20,6 +20,7 @@ from tintype_kernels.cache import cache_folder
 if TYPE_CHECKING:
     from tintype.backends.torch import TorchBackend
     from tintype.checkpoints import Checkpoint
+    from tintype.checkpoints.lora_files import Lora
 
 BOX = Path(__file__).parent / "assets"
 _T5_STAGES = {"sd3": "encode_3", "flux": "encode_2"}
@@ -50,7 +51,8 @@ def load(  # noqa: PLR0913 - they are what users type
     or torch; bundles run without torch. `device` and `dtype` are the backend's own names, such as "cpu" and "float32";
     torch also keeps the denoiser's linear layers in "int8", "fp8" or "int4".
     `batch_invariant` gives every picture the bytes that it has alone, wherever it is in a batch; None means on CPU.
-    `lora` is a file of low-rank updates of a checkpoint, or several, each as FILE or FILE:SCALE.
+    `lora` is a file of low-rank updates, or several, each as FILE or FILE:SCALE; bundles in fp32, fp16, bf16 and int8
+    take them, too, and of TensorRT's engines those without weights.
     `without` names text encoders to leave out, such as "text_encoder_3", the T5 of SD3 and most of its memory.
     `offload` "model" keeps one component on the device at a time, "sequential" one block and the next; `vae_tiling`
     encodes and decodes in overlapping tiles; `attention_slicing` bounds the scores that attention holds where the
@@ -64,7 +66,6 @@ def load(  # noqa: PLR0913 - they are what users type
         choose(backend, "bundle")  # an absent backend is told before gigabytes are hashed
         asked = _for_checkpoints(
             without=without,
-            lora=lora,
             offload=offload,
             vae_tiling=vae_tiling,
             attention_slicing=attention_slicing,
@@ -72,9 +73,9 @@ def load(  # noqa: PLR0913 - they are what users type
         )
         if asked:
             raise RequestError(
-                f"{asked} is for checkpoints; a bundle runs what it was exported with (tintype export --lora)"
+                f"{asked} is for checkpoints; a bundle runs what it was exported with"
             )
-        return bundle_pipeline(open_bundle(path), backend, **options)
+        return bundle_pipeline(open_bundle(path), backend, lora=lora, **options)
     choose(backend, "checkpoint")  # opening one imports what an absent backend lacks
     checkpoint = open_source(path, allow_pickle=allow_pickle)
     checkpoint = checkpoint.without(without) if without else checkpoint
@@ -90,12 +91,17 @@ def _for_checkpoints(**arguments: Any) -> str:
 
 def with_loras(checkpoint: Checkpoint, files: str | Path | Sequence[str | Path]) -> Checkpoint:
     """The checkpoint with the low-rank updates of these files, each FILE or FILE:SCALE."""
+    loras = _loras(files)
+    return checkpoint.with_loras(loras) if loras else checkpoint
+
+
+def _loras(files: str | Path | Sequence[str | Path]) -> list[Lora]:
     texts = [files] if isinstance(files, (str, Path)) else files
     if not texts:
-        return checkpoint
-    from tintype.checkpoints.lora import Lora
+        return []
+    from tintype.checkpoints.lora_files import Lora
 
-    return checkpoint.with_loras(Lora.parse(str(text)) for text in texts)
+    return [Lora.parse(str(text)) for text in texts]
 
 
 def resolve(source: str | Path) -> Path:
@@ -134,9 +140,19 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return open_checkpoint(path, allow_pickle=allow_pickle)
 
 
-def bundle_pipeline(bundle: Bundle, backend: str = "auto", **options: Any) -> Pipeline:
+def bundle_pipeline(
+    bundle: Bundle,
+    backend: str = "auto",
+    *,
+    lora: str | Path | Sequence[str | Path] = (),
+    **options: Any,
+) -> Pipeline:
     """The pipeline of a bundle that has been opened, with `load`'s options."""
     name, reason = choose(backend, "bundle")
+    if loras := _loras(lora):
+        from tintype.backends.updated_weights import UpdatedWeights
+
+        options["updated"] = UpdatedWeights(bundle, loras)
     family = LatentDiffusion(
         backend=_bundle_backend(name)(bundle, **options),
         tokenizers=open_tokenizers(

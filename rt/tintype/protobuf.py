@@ -51,6 +51,21 @@ def payloads(message: memoryview, number: int) -> Iterator[memoryview]:
             yield field.payload
 
 
+def varints(message: memoryview, number: int) -> Iterator[int]:
+    """The numbers of every field of that number, packed into one or each by itself."""
+    for field in fields(message):
+        if field.number != number:
+            continue
+        if field.payload is None:
+            _, begin = varint(field.whole, 0)
+            yield varint(field.whole, begin)[0]
+            continue
+        position = 0
+        while position < len(field.payload):
+            value, position = varint(field.payload, position)
+            yield value
+
+
 def varint(message: memoryview, position: int) -> tuple[int, int]:
     """The number at a position, and the position behind it."""
     value = shift = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from tintype.backends.onnx_weights import weight_files
 from tintype.bundle import MANIFEST, Bundle
 from tintype.errors import BundleError, ProfileError
+
+if TYPE_CHECKING:
+    from tintype.backends.updated_weights import UpdatedWeights
 
 
 def graph_file(stages: Mapping[str, Mapping[str, str]], stage: str, profile: str) -> str:
@@ -37,15 +41,23 @@ def read_graph(bundle: Bundle, relative: str) -> bytes:
 
 
 class MappedWeights:
-    """A bundle's weight files in memory: each mapped once, however many graphs read it, while this object lives."""
+    """A bundle's weight files in memory: each mapped once, however many graphs read it, while this object lives.
 
-    def __init__(self, bundle: Bundle) -> None:
+    What was ``updated`` is placed where it is instead.
+    """
+
+    def __init__(self, bundle: Bundle, updated: UpdatedWeights | None = None) -> None:
         self._bundle = bundle
+        self._updated = updated
         self._maps: dict[str, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     def place(self, location: str, offset: int, length: int | None) -> tuple[int, int]:
         """The address of `length` bytes (None: the rest) of a file from `offset`, and how many they are."""
+        if self._updated is not None:
+            new = self._updated.find(location, offset, length)
+            if new is not None:
+                return int(new.ctypes.data), len(new)
         data = self._map(location)
         size = len(data) - offset if length is None else length
         if min(offset, size) < 0 or offset + size > len(data):

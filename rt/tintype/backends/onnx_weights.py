@@ -7,9 +7,10 @@ OpenVINO reads weights from the graph's own folder or from memory alone, so its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from tintype.errors import BundleError
-from tintype.protobuf import SIZED, fields, payloads
+from tintype.protobuf import SIZED, fields, payloads, varints
 
 # Field numbers of onnx.proto that lead to a tensor's external_data, by the message that they are in.
 _FIELDS = {
@@ -22,12 +23,42 @@ _FIELDS = {
     "tensor": {13: "entry"},
 }
 _EXTERNAL_DATA = 13
-_GRAPH, _OUTPUT, _NAME = 7, 12, 1  # of a model, a graph, a value's description
+_GRAPH, _INITIALIZER, _OUTPUT, _NAME = 7, 5, 12, 1  # of a model, a graph, a value's description
+_DIMS, _DATA_TYPE, _TENSOR_NAME = 1, 2, 8  # of a tensor
 # What onnxruntime writes in place of a file's name where the offset is an address, and others have learned to read.
 IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
 
 Place = Callable[[str, int, "int | None"], "tuple[int, int]"]
 """(location, offset, length or None for the rest) -> (address, length)"""
+
+
+class ExternalTensor(NamedTuple):
+    """An initialiser whose values lie in a file; ``data_type`` is ONNX's number of a type."""
+
+    name: str
+    data_type: int
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    length: int | None
+
+
+def external_tensors(graph: bytes) -> Iterator[ExternalTensor]:
+    """The initialisers of a graph that lie in files."""
+    for inner in payloads(memoryview(graph), _GRAPH):
+        for tensor in payloads(inner, _INITIALIZER):
+            entries = dict(_entry(entry) for entry in payloads(tensor, _EXTERNAL_DATA))
+            if "location" in entries:
+                (name,) = payloads(tensor, _TENSOR_NAME)
+                (data_type,) = varints(tensor, _DATA_TYPE)
+                yield ExternalTensor(
+                    bytes(name).decode(),
+                    data_type,
+                    tuple(varints(tensor, _DIMS)),
+                    entries["location"],
+                    int(entries.get("offset", 0)),
+                    int(entries["length"]) if "length" in entries else None,
+                )
 
 
 def weight_files(graph: bytes) -> set[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,6 +15,9 @@ from tintype.backends.graphs import graph_file, read_graph
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 
+if TYPE_CHECKING:
+    from tintype.backends.updated_weights import UpdatedWeights
+
 # What a bundle's precision does without. int8: a product fused with its bias has no kernel that gives float32, so both
 # would be computed in float32. fp8: what is fused for int8 is fused for e4m3, too, which no kernel takes. int4: the
 # products' inputs would be rounded to int8, and the bundle says that weights alone are rounded.
@@ -23,6 +26,8 @@ _ENTRIES = {
     "fp8": {"session.disable_quant_qdq": "1"},
     "int4": {"session.qdq_matmulnbits_accuracy_level": "1"},
 }
+# What ONNX's types are as numpy's: float32, int8, float16, and bfloat16's bits.
+_ARRAYS = {1: np.float32, 3: np.int8, 10: np.float16, 16: np.uint16}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -41,6 +46,7 @@ class OnnxRuntimeBackend:
         device: str = "auto",
         dtype: str = "auto",
         batch_invariant: bool | None = None,
+        updated: UpdatedWeights | None = None,
     ) -> None:
         # Its graphs are written in what they are computed in, and none is written in bfloat16.
         self.dtype = "float16" if bundle.precision == "fp16" else "float32"
@@ -50,6 +56,7 @@ class OnnxRuntimeBackend:
                 f"{self.dtype}"
             )
         self.bundle = bundle
+        self._updated = updated
         self._provider = _provider(device)
         kind, _, number = device.partition(":")
         self._place = (kind, int(number or 0))  # as onnxruntime names where an array lies
@@ -109,6 +116,9 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry(name, value)
         unfused = _UNFUSED.get(self.bundle.precision)
         graph = read_graph(self.bundle, relative)
+        changed = {} if self._updated is None else dict(_changed(graph, self._updated))
+        if changed:
+            options.add_external_initializers([*changed], [*changed.values()])
         try:
             return ort.InferenceSession(
                 graph, options, providers=[self._provider], disabled_optimizers=unfused
@@ -117,6 +127,14 @@ class OnnxRuntimeBackend:
             raise BundleError(
                 f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
             ) from error
+
+
+def _changed(graph: bytes, updated: UpdatedWeights) -> Iterator[tuple[str, ort.OrtValue]]:
+    """The graph's initialisers that were updated, by name."""
+    for tensor, new in updated.in_graph(graph):
+        values = new.view(_ARRAYS[tensor.data_type]).reshape(tensor.shape)
+        value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, tensor.data_type)
+        yield tensor.name, value
 
 
 def _provider(device: str) -> str:

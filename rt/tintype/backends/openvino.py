@@ -6,7 +6,7 @@ import os
 import queue
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -19,6 +19,9 @@ from tintype.backends.onnx_weights import output_names, read_from_memory
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype_kernels.cache import cache_folder
+
+if TYPE_CHECKING:
+    from tintype.backends.updated_weights import UpdatedWeights
 
 # A blob holds the weights once more, packed, and larger than they were: kept only where somebody asks for it.
 CACHE_VARIABLE = "TINTYPE_OPENVINO_CACHE"
@@ -78,6 +81,7 @@ class OpenVinoBackend(OnHost):
         device: str = "auto",
         dtype: str = "auto",
         batch_invariant: bool | None = None,
+        updated: UpdatedWeights | None = None,
     ) -> None:
         self.bundle = bundle
         self._core = ov.Core()
@@ -85,7 +89,9 @@ class OpenVinoBackend(OnHost):
         self.dtype = self._dtype(dtype)
         on_cpu = self._device == "CPU"
         self.batch_invariant = on_cpu if batch_invariant is None else batch_invariant
-        self._weights = MappedWeights(bundle)
+        self._weights = MappedWeights(bundle, updated)
+        # A kept blob is found by where its weights lie, and updated ones lie anywhere.
+        self._keeps = updated is None and os.environ.get(CACHE_VARIABLE, "0") != "0"
         self._graphs = Compiled(self._open)
 
     @property
@@ -128,7 +134,7 @@ class OpenVinoBackend(OnHost):
         }
         # It would round the inputs of products whose weights alone are kept in codes.
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        if os.environ.get(CACHE_VARIABLE, "0") != "0":
+        if self._keeps:
             options["CACHE_DIR"] = str(cache_folder() / "openvino")
         if self._device != "CPU":
             return options

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from tintype.backends.graphs import graph_file, read_graph
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError, TintypeError
 from tintype_kernels.cache import cache_folder, replace_bytes
+
+if TYPE_CHECKING:
+    from tintype.backends.updated_weights import UpdatedWeights
 
 _EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 _ONNX = "run the bundle's ONNX form with backend='onnxruntime'"
@@ -103,6 +107,7 @@ class TensorRtBackend:
         device: str = "auto",
         dtype: str = "auto",
         batch_invariant: bool | None = None,
+        updated: UpdatedWeights | None = None,
     ) -> None:
         self.dtype = DTYPES[bundle.precision]
         if DTYPES.get(dtype, dtype) not in ("auto", self.dtype):
@@ -118,6 +123,12 @@ class TensorRtBackend:
         )  # one stream, and an engine's context holds one request's addresses
         self._stages = matching_engines(bundle, self._device.architecture, self._trt.__version__)
         self._graphs = bundle.engines[self._device.architecture].get("graphs", {})
+        self._updated = updated
+        if updated is not None and not self._graphs:
+            raise RequestError(
+                "lora: these engines keep the weights that they were built with; export with --weightless, or merge "
+                f"the updates with tintype export --lora FILE, or {_ONNX}"
+            )
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
         self._engines = Compiled(self._open)
@@ -192,11 +203,28 @@ class TensorRtBackend:
         filler = self._trt.OnnxParserRefitter(refitter, self._logger)
         # As when it was built: weights are named relative to the bundle's root.
         root = str(self.bundle.folder / "graph.onnx")
-        filled = filler.refit_from_bytes(read_graph(self.bundle, graph), root)
+        content = read_graph(self.bundle, graph)
+        filled = filler.refit_from_bytes(content, root) and self._update(refitter, content)
         if not (filled and refitter.refit_cuda_engine()):
             raise BundleError(
                 f"{self.bundle.folder}: TensorRT does not take the weights of {graph} for its engine; {_ONNX}"
             )
+
+    def _update(self, refitter: Any, graph: bytes) -> bool:
+        """Give what was updated over what the files hold; whether the engine takes it."""
+        if self._updated is None:
+            return True
+        return all(
+            refitter.set_named_weights(
+                tensor.name,
+                self._trt.Weights(
+                    refitter.get_weights_prototype(tensor.name).dtype,
+                    new.ctypes.data,
+                    math.prod(tensor.shape),
+                ),
+            )
+            for tensor, new in self._updated.in_graph(graph)
+        )
 
     def _context(self, engine: Any, fingerprint: str) -> tuple[Any, _Kernels | None]:
         """What runs the engine, and the kernels that are compiled for it on the way."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from tintype.checkpoints.lora import Lora, Updates
+    from tintype.checkpoints.lora_files import Lora, Updates
 
 STEPS = 50
 GUIDANCE = {"sd": 7.5, "sdxl": 5.0}
@@ -79,9 +79,9 @@ class Checkpoint:
 
     def with_loras(self, loras: Iterable[Lora]) -> Checkpoint:
         """The checkpoint with these low-rank updates; CheckpointError where one does not fit."""
-        from tintype.checkpoints.lora import fitted
+        from tintype.checkpoints.lora import fit
 
-        return replace(self, updates=(*self.updates, *(fitted(self, lora) for lora in loras)))
+        return replace(self, updates=(*self.updates, *fit(self, loras)))
 
     def component(
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -36,6 +36,16 @@ class Target(NamedTuple):
             shape = shape[:2]
         return shape[::-1] if self.transposed else shape
 
+    def rows(self, stored: int) -> list[int]:
+        """Which of a stored tensor's rows are the piece's, in its order."""
+        if self.parts == 1:
+            rows = list(range(stored))
+        else:
+            cut = stored // self.parts
+            rows = list(range(self.part * cut, (self.part + self.span) * cut))
+        middle = len(rows) // 2
+        return rows[middle:] + rows[:middle] if self.swapped else rows
+
     @property
     def as_stored(self) -> bool:
         """Whether the stored bytes are the parameter's own, in its order."""
@@ -85,6 +95,30 @@ class Weights:
                 for key, entry in header.items()
                 if key != "__metadata__" and not is_scale(key) and self.translate(key)
             )
+
+
+class Stored(NamedTuple):
+    """A tensor of a safetensors file: its type as the header has it, and the bytes ``begin`` to ``begin + size``."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+
+def stored_whole(weights: Weights) -> Iterator[tuple[str, Stored]]:
+    """The parameters that lie whole and untransposed in a component's safetensors files, by our names."""
+    for path in weights.files:
+        header, data_bytes = read_header(path)
+        start = path.stat().st_size - data_bytes
+        for key, entry in header.items():
+            targets = () if key == "__metadata__" else weights.translate(key)
+            if len(targets) == 1 and targets[0].as_stored:
+                begin, end = entry["data_offsets"]
+                shape = targets[0].shape(tuple(entry["shape"]))
+                place = (start + begin, end - begin)
+                yield targets[0].name, Stored(path, entry["dtype"], shape, *place)
 
 
 def scale_of(key: str) -> str:

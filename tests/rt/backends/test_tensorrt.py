@@ -14,6 +14,7 @@ import pytest
 import tintype
 from tintype.backends import cuda_driver
 from tintype.backends import tensorrt as module
+from tintype.backends.onnx_weights import ExternalTensor
 from tintype.backends.onnxruntime import OnnxRuntimeBackend
 from tintype.backends.tensorrt import TensorRtBackend, matching_engines
 from tintype.bundle import describe, open_bundle, save_manifest
@@ -189,6 +190,43 @@ def test_engines_without_weights_are_filled_from_the_graphs(engines):
     backend.run("decode", "32x32-b1", {"latents": np.zeros((1, 4, 4, 4), np.float32)})
     graph = (engines / "decode/32x32-b1.onnx").read_bytes()
     assert filled == [(graph, str(engines / "graph.onnx"))]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_updated_weights_go_into_engines_without_weights(engines, taken):
+    bundle = open_bundle(engines)
+    entry = bundle.engines["sm_89"] | {"graphs": bundle.stages}
+    new = np.arange(4, dtype=np.float32).view(np.uint8)
+    tensor = ExternalTensor("some.weight", 1, (2, 2), "weights/model.safetensors", 8, 16)
+    updated = SimpleNamespace(in_graph=lambda graph: [(tensor, new)])
+    given = []
+
+    class Refitter:
+        refit_cuda_engine = staticmethod(lambda: True)
+        get_weights_prototype = staticmethod(lambda name: SimpleNamespace(dtype=f"type of {name}"))
+
+        @staticmethod
+        def set_named_weights(name, weights):
+            given.append((name, weights))
+            return taken
+
+    played = module._imported(set())
+    played.Refitter = lambda engine, logger: Refitter
+    played.OnnxParserRefitter = lambda *_: SimpleNamespace(refit_from_bytes=lambda *_: True)
+    played.Weights = lambda dtype, address, count: (dtype, address, count)
+    backend = TensorRtBackend(replace(bundle, engines={"sm_89": entry}), updated=updated)
+    latents = np.zeros((1, 4, 4, 4), np.float32)
+    if taken:
+        backend.run("decode", "32x32-b1", {"latents": latents})
+    else:
+        with pytest.raises(BundleError, match="does not take the weights"):
+            backend.run("decode", "32x32-b1", {"latents": latents})
+    assert given == [("some.weight", ("type of some.weight", new.ctypes.data, 4))]
+
+
+def test_engines_that_hold_their_weights_take_no_updates(engines):
+    with pytest.raises(RequestError, match="--weightless"):
+        TensorRtBackend(open_bundle(engines), updated=SimpleNamespace())
 
 
 def test_weights_that_do_not_fit_their_engine_are_an_error_of_the_graph(engines):

@@ -16,9 +16,9 @@ import small_flow_checkpoints
 import tintype
 from original_flow_layout import Flow
 from tintype.checkpoints import open_checkpoint
-from tintype.checkpoints.lora import Lora, dotted
+from tintype.checkpoints.lora_files import Lora, dotted
 from tintype.checkpoints.original_keys import unet_key
-from tintype.errors import CheckpointError, RequestError
+from tintype.errors import CheckpointError
 from tolerances import MODULE_FP32, relative_error
 
 RANK, ALPHA, SCALE = 3, 2.0, 0.7
@@ -232,11 +232,6 @@ def test_an_update_of_another_shape_is_refused(saved, tmp_path):
     )
     with pytest.raises(CheckpointError, match="it was made for another model"):
         open_checkpoint(saved("sd1")).with_loras([Lora(path)])
-
-
-def test_a_bundle_takes_no_updates_and_says_when_they_go_in(tiny_bundle):
-    with pytest.raises(RequestError, match="tintype export --lora"):
-        tintype.load(tiny_bundle, lora="style.safetensors")
 
 
 @pytest.mark.parametrize(

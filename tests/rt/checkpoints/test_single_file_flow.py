@@ -19,7 +19,7 @@ import small_checkpoints
 import small_flow_checkpoints as small
 import tintype
 from tintype.checkpoints import open_checkpoint
-from tintype.checkpoints.lora import Lora
+from tintype.checkpoints.lora_files import Lora
 from tintype.checkpoints.original_config import flux_config, sd3_config
 from tintype.checkpoints.original_flow_keys import flux_key, sd3_key
 from tintype.errors import CheckpointError

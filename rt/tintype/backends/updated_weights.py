@@ -1,0 +1,172 @@
+"""A bundle's weights with low-rank updates added: what takes the place of bytes of its files. Needs no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tintype.backends.onnx_weights import ExternalTensor, external_tensors
+from tintype.bundle import Bundle
+from tintype.checkpoints import open_checkpoint
+from tintype.checkpoints.diffusers import INDEX
+from tintype.checkpoints.files import Stored, Target, Weights, stored_whole
+from tintype.checkpoints.lora_files import Lora, Updatable, Updates, fitted, layer_of
+from tintype.errors import CheckpointError, RequestError
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_LARGEST_CODE = 127
+_STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I8": np.int8}
+
+
+class UpdatedWeights:
+    """What stands in place of stretches of a bundle's files, in memory, as long as this object lives."""
+
+    def __init__(self, bundle: Bundle, loras: Iterable[Lora]) -> None:
+        """Add the files' updates up. CheckpointError for a file that does not fit, RequestError for codes that do not
+        take any: e4m3 and int4, whose rounding asks for the model's own inputs."""
+        if bundle.precision not in _PRECISIONS:
+            raise RequestError(
+                f"lora: a bundle in {bundle.precision} takes no updates, those in {', '.join(_PRECISIONS)} do; merge "
+                f"them before they are rounded: tintype export --lora FILE --precision {bundle.precision}"
+            )
+        changed: dict[str, dict[int, Bytes]] = defaultdict(dict)
+        for stored, new in _changes(bundle, tuple(loras)):
+            changed[stored.path.relative_to(bundle.folder).as_posix()][stored.begin] = new
+        self.stretches = {
+            location: (begins := sorted(found), [found[begin] for begin in begins])
+            for location, found in changed.items()
+        }
+        """file -> where its changed stretches begin, in their order, and what stands for each"""
+
+    def find(self, location: str, offset: int, length: int | None) -> Bytes | None:
+        """What stands for these bytes of a file, where anything does."""
+        begins, changed = self.stretches.get(location, ([], []))
+        number = bisect_right(begins, offset) - 1
+        if number < 0:
+            return None
+        inside, new = offset - begins[number], changed[number]
+        return None if inside >= len(new) else new[inside:][:length]
+
+    def in_graph(self, graph: bytes) -> Iterator[tuple[ExternalTensor, Bytes]]:
+        """The initialisers of a graph that were updated, and what stands for their bytes."""
+        for tensor in external_tensors(graph):
+            new = self.find(tensor.location, tensor.offset, tensor.length)
+            if new is not None:
+                yield tensor, new
+
+
+def _changes(bundle: Bundle, loras: tuple[Lora, ...]) -> Iterator[tuple[Stored, Bytes]]:
+    """Every stored tensor that the updates change, and its new bytes."""
+    stored = _components(bundle)
+    shapes = {name: dict(_layer_shapes(tensors)) for name, tensors in stored.items()}
+    model = Updatable(bundle.folder, bundle.family, tuple(stored), lambda name: shapes[name])
+    updates = [fitted(model, lora) for lora in loras]
+    for component in sorted({name for each in updates for name in each.layers}):
+        tensors = stored[component]
+        for layer, pieces in _by_layer(updates, component).items():
+            yield from _updated(layer, tensors, sum(map(_update, pieces)))
+
+
+def _components(bundle: Bundle) -> dict[str, dict[str, Stored]]:
+    """component -> name -> tensor, of all the bundle's weights."""
+    if (bundle.folder / INDEX).is_file():  # a checkpoint, whose files the graphs point into
+        parts = open_checkpoint(bundle.folder).components.items()
+        return {name: dict(stored_whole(part.weights)) for name, part in parts}
+    files: dict[str, list[Path]] = defaultdict(list)
+    for relative in map(PurePosixPath, bundle.files):
+        if relative.suffix == ".safetensors":  # weights/NAME.safetensors, or a shard of it
+            files[relative.stem.split("-")[0]].append(bundle.path(str(relative)))
+    return {name: dict(stored_whole(Weights(tuple(paths)))) for name, paths in files.items()}
+
+
+def _layer_shapes(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The linear layers and convolutions among the tensors."""
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and len(tensor.shape) > 1:
+            yield name.removesuffix(".weight"), tensor.shape
+
+
+class _Piece(NamedTuple):
+    """What one file adds to one layer; ``parts`` are down, up and perhaps alpha."""
+
+    updates: Updates
+    target: Target
+    parts: Mapping[str, Stored]
+
+
+def _by_layer(updates: Iterable[Updates], component: str) -> dict[str, list[_Piece]]:
+    found: dict[str, list[_Piece]] = defaultdict(list)
+    for each in updates:
+        file = dict(stored_whole(Weights((each.lora.path,))))
+        for target, keys in each.layers.get(component, {}).items():
+            parts = {part: file[key] for part, key in keys.items()}
+            found[layer_of(target)].append(_Piece(each, target, parts))
+    return found
+
+
+def _update(piece: _Piece) -> Floats:
+    """strength * up @ down, float32 [out, in * kernel height * width]."""
+    values = {part: _floats(stored) for part, stored in piece.parts.items()}
+    down, up = values["down"], values["up"]
+    alpha = float(values["alpha"].item()) if "alpha" in values else None
+    rows = up.reshape(len(up), -1)[piece.target.rows(len(up))]
+    strength = np.float32(piece.updates.strength(len(down), alpha))
+    update: Floats = strength * (rows @ down.reshape(len(down), -1))
+    return update
+
+
+def _updated(
+    layer: str, tensors: Mapping[str, Stored], update: Any
+) -> Iterator[tuple[Stored, Bytes]]:
+    """The layer's tensors that change with an update [out, in * kernel]."""
+    weight = tensors[f"{layer}.weight"]
+    if weight.dtype != "I8":
+        yield weight, _narrowed(_floats(weight).reshape(update.shape) + update, weight.dtype)
+        return
+    scale = tensors[f"{layer}.weight_scale"]
+    if (smoothing := tensors.get(f"{layer}.smoothing")) is not None:
+        update = update / _floats(smoothing)  # as the weight was
+    whole = _floats(weight).reshape(update.shape) * _floats(scale)[:, None] + update
+    scales = np.abs(whole).max(1) / _LARGEST_CODE
+    scales[scales == 0] = 1
+    new_scale = _narrowed(scales, scale.dtype)
+    # Codes are of the scale as it is stored.
+    codes = np.rint(whole / _widened(new_scale, scale.dtype)[:, None])
+    yield scale, new_scale
+    yield weight, codes.clip(-_LARGEST_CODE, _LARGEST_CODE).astype(np.int8).view(np.uint8).ravel()
+
+
+def _floats(stored: Stored) -> Floats:
+    """A stored tensor widened to float32, or its codes as such."""
+    mapped = np.memmap(stored.path, np.uint8, "r", stored.begin, (stored.size,))
+    return _widened(mapped, stored.dtype).reshape(stored.shape)
+
+
+def _widened(stored: Bytes, dtype: str) -> Floats:
+    """Stored values as float32; CheckpointError for a type that there are no updates in."""
+    if dtype == "BF16":
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if dtype not in _STORED:
+        raise CheckpointError(
+            f"updates are read and added in BF16, {', '.join(_STORED)}, not in {dtype}"
+        )
+    wide: Floats = stored.view(_STORED[dtype]).astype(np.float32)
+    return wide
+
+
+def _narrowed(values: Floats, dtype: str) -> Bytes:
+    """float32 values as they are stored, rounded to the nearest, ties to even."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return rounded.astype(np.uint16).view(np.uint8).ravel()
+    return np.ascontiguousarray(values, _STORED[dtype]).view(np.uint8).ravel()

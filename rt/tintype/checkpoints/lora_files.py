@@ -1,0 +1,226 @@
+"""Files of low-rank updates (Hu et al. 2021, arXiv 2106.09685): kohya's, ComfyUI's, diffusers', PEFT's; without torch.
+
+A layer's weight W becomes W + scale * alpha / rank * up @ down. Every key of a file must find its layer. Of a layer of
+the original layout that is several of ours, each takes its rows of `up`; `down` is theirs together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from pathlib import Path
+
+from tintype.checkpoints.files import Target, Translate, check_pickle, safetensors_shapes
+from tintype.checkpoints.original_flow_keys import flux_key, sd3_key
+from tintype.checkpoints.original_keys import unet_key
+from tintype.errors import CheckpointError
+
+_KOHYA = re.compile(
+    r"lora_(unet|transformer|te1|te2|te)_(.+?)\.(lora_down\.weight|lora_up\.weight|alpha)"
+)
+_DIFFUSERS = re.compile(
+    r"(?:(unet|transformer|text_encoder(?:_2)?)\.)?(.+?)"
+    r"\.(?:processor\.)?(?:(to_[qkv]|to_out)_lora\.)?"
+    r"(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up|lora_linear_layer\.down|lora_linear_layer\.up|alpha)"
+    r"(?:\.default)?(?:\.weight)?"
+)
+_KOHYA_COMPONENTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+_DOWN = ("lora_down.weight", "lora_down", "lora_A", "lora.down", "down", "lora_linear_layer.down")
+# Before the names in files that hold what is updated alone: PEFT's and ComfyUI's.
+_PREFIXES = ("base_model.model.", "diffusion_model.")
+# Words with an underscore of their own in the original layouts' names, which kohya's flattened names run together; a
+# longer word before one that it begins with.
+_WORDS = (
+    "input_blocks", "middle_block", "output_blocks", "transformer_blocks", "in_layers", "out_layers", "emb_layers",
+    "skip_connection", "time_embed", "label_emb", "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out",
+    "double_blocks", "single_blocks", "img_attn", "txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "img_in",
+    "txt_in", "time_in", "vector_in", "guidance_in", "in_layer", "out_layer", "final_layer", "adaLN_modulation",
+    "joint_blocks", "x_block", "context_block", "x_embedder", "t_embedder", "y_embedder", "context_embedder",
+)  # fmt: skip
+_NAMED = 3  # how many keys an error spells out
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file of updates, and how strongly they are applied."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """FILE or FILE:SCALE, as on the command line."""
+        name, colon, number = text.rpartition(":")
+        try:
+            return cls(Path(name), float(number)) if colon else cls(Path(text))
+        except ValueError:  # a colon of the path's own
+            return cls(Path(text))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a key of a file belongs to: a component (None: the denoiser), a layer's name as the file has it, a part."""
+
+    component: str | None
+    layer: str
+    part: str  # "down", "up" or "alpha"
+    flat: bool  # whether the layer's dots were written as underscores
+
+
+@dataclass(frozen=True)
+class Updatable:
+    """A model whose layers can be updated; ``shapes`` gives a component's weights by layer, by our names of them."""
+
+    source: Path
+    family: str
+    components: tuple[str, ...]
+    shapes: Callable[[str], Mapping[str, tuple[int, ...]]]
+
+    @property
+    def denoiser(self) -> str:
+        """The component that a file means where it names none."""
+        return "transformer" if "transformer" in self.components else "unet"
+
+    @cached_property
+    def original_keys(self) -> Translate:
+        """The translation of the original layout of the denoiser."""
+        names = self.shapes(self.denoiser)
+        if self.denoiser == "unet":
+            return partial(unet_key, layers=_count("down_blocks.0.resnets", names))
+        if self.family == "flux":
+            return flux_key
+        return partial(sd3_key, layers=_count("transformer_blocks", names))
+
+
+def _count(blocks: str, names: Iterable[str]) -> int:
+    """How many blocks of this name there are."""
+    below = (name.removeprefix(f"{blocks}.") for name in names if name.startswith(f"{blocks}."))
+    return len({name.partition(".")[0] for name in below})
+
+
+@dataclass(frozen=True)
+class Updates:
+    """A file that was found to fit a model: component -> our weight, as a piece of the file's -> part -> key."""
+
+    lora: Lora
+    layers: Mapping[str, Mapping[Target, Mapping[str, str]]]
+
+    def strength(self, rank: int, alpha: float | None) -> float:
+        """What a product of this rank is multiplied by; ``alpha`` is what the file says at the layer, if anything."""
+        known = self._adapter_alpha if alpha is None else alpha
+        return self.lora.scale * (1.0 if known is None else known / rank)
+
+    @cached_property
+    def _adapter_alpha(self) -> float | None:
+        """What PEFT writes beside its file, where a file has no alphas of its own."""
+        config = self.lora.path.parent / "adapter_config.json"
+        if self.lora.path.stem != "adapter_model" or not config.is_file():
+            return None
+        alpha = json.loads(config.read_text(encoding="utf-8")).get("lora_alpha")
+        return None if alpha is None else float(alpha)
+
+
+def fitted(model: Updatable, lora: Lora) -> Updates:
+    """Raises CheckpointError for a key that finds no layer of the model, or a shape that does not fit it."""
+    check_pickle(lora.path, allow_pickle=False)
+    stored = safetensors_shapes(lora.path)
+    layers = _layers(model, lora.path, stored)
+    for component, found in layers.items():
+        for target, keys in found.items():
+            shapes = {part: stored[key] for part, key in keys.items()}
+            shapes["up"] = target.shape(shapes["up"])
+            _check_shapes(lora.path, model.shapes(component)[layer_of(target)], shapes)
+    return Updates(lora, layers)
+
+
+def _layers(
+    model: Updatable, path: Path, keys: Iterable[str]
+) -> dict[str, dict[Target, dict[str, str]]]:
+    """What `Updates` holds of a file's keys."""
+    names: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[Target, dict[str, str]]] = {}
+    unknown = []
+    for key in keys:
+        place = _place(key)
+        component = model.denoiser if place is None else place.component or model.denoiser
+        if component in model.components and component not in names:
+            names[component] = {name.replace(".", "_"): name for name in model.shapes(component)}
+        targets = () if place is None else _targets(place, names.get(component, {}), model)
+        if place is None or not targets:
+            unknown.append(key)
+            continue
+        for target in targets:
+            found.setdefault(component, {}).setdefault(target, {})[place.part] = key
+    halves = [
+        layer_of(target)
+        for each in found.values()
+        for target, parts in each.items()
+        if not {"down", "up"} <= {*parts}
+    ]
+    if unknown or halves:
+        wrong = unknown or halves
+        raise CheckpointError(
+            f"{path} does not fit {model.source}: no layer here for {', '.join(wrong[:_NAMED])}"
+            f"{f' and {len(wrong) - _NAMED} more' if len(wrong) > _NAMED else ''}; possible are low-rank updates "
+            f"of linear layers and convolutions of {', '.join(model.components)}"
+        )
+    return found
+
+
+def _place(key: str) -> _Place | None:
+    if match := _KOHYA.fullmatch(key):
+        prefix, layer, part = match.groups()
+        component = _KOHYA_COMPONENTS.get(prefix)
+        return _Place(component, layer, "alpha" if part == "alpha" else _half(part), flat=True)
+    for prefix in _PREFIXES:
+        key = key.removeprefix(prefix)
+    if match := _DIFFUSERS.fullmatch(key):
+        component, layer, projection, part = match.groups()
+        if projection:  # of attention processors, as diffusers once named them
+            layer += ".to_out.0" if projection == "to_out" else f".{projection}"
+        return _Place(component, layer, "alpha" if part == "alpha" else _half(part), flat=False)
+    return None
+
+
+def _half(part: str) -> str:
+    return "down" if part in _DOWN else "up"
+
+
+def _targets(place: _Place, names: Mapping[str, str], model: Updatable) -> tuple[Target, ...]:
+    """Our weights that the layer is, by our name of it or by the original layout's; none where there is none."""
+    own = names.get(place.layer.replace(".", "_"))
+    if own is not None:
+        return (Target(f"{own}.weight"),)
+    if place.component is not None:
+        return ()
+    original = dotted(place.layer) if place.flat else place.layer
+    targets = model.original_keys(f"{original}.weight")
+    return targets if all(layer_of(each).replace(".", "_") in names for each in targets) else ()
+
+
+def layer_of(target: Target) -> str:
+    """The layer whose weight a piece is."""
+    return target.name.removesuffix(".weight")
+
+
+def dotted(flat: str) -> str:
+    """A name of the original layout whose dots were written as underscores."""
+    for word in _WORDS:
+        flat = flat.replace(word, word.replace("_", "-"))
+    return flat.replace("_", ".").replace("-", "_")
+
+
+def _check_shapes(
+    path: Path, weight: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    down, up = shapes["down"], shapes["up"]
+    outputs, *inputs = weight
+    if up[0] != outputs or prod(down[1:]) != prod(inputs) or prod(up[1:]) != down[0]:
+        raise CheckpointError(
+            f"{path}: an update of {list(up)} by {list(down)} does not fit a weight of {[outputs, *inputs]}; "
+            "it was made for another model"
+        )
