@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,3 +183,17 @@ def test_arguments_are_checked_by_name(call, message):
 def test_a_row_that_fits_no_block_is_refused_to_triton():
     with forced("triton"), pytest.raises(KernelUnavailable, match="a row of 16385 elements"):
         activate_quantized(torch.zeros(1, 16385))
+
+
+@each_scheme
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_in_its_own_row_alone(scheme, implementation, value):
+    linear, quantise = LINEAR[scheme]
+    x, qw = normal(3, 40).float(), quantise(normal(8, 40).float())
+    with forced(implementation), np.errstate(invalid="ignore"):
+        clean = linear(x, qw)
+        x[1, 7] = value
+        found = linear(x, qw)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[::2], clean[::2])

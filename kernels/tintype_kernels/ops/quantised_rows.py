@@ -38,7 +38,9 @@ def store_quantized(
 ):
     """Write a tile that holds whole rows, zero beside them, as codes [M, N] and scales [M]."""
     values = values.to(INPUT).to(tl.float32)
-    scale = tl.div_rn(tl.max(tl.abs(values), 1), LIMIT)
+    # The bits of numbers without a sign order as the numbers do, and NaN, which a maximum of numbers drops, above all.
+    peak = tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(peak, LIMIT)
     inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
     values = tl.minimum(tl.maximum(values * inverse[:, None], -LIMIT), LIMIT)
     if LIMIT == 127.0:
