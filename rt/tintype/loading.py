@@ -59,6 +59,7 @@ def load(  # noqa: PLR0913 - they are what users type
     device has no fused kernel for it, and changes nothing elsewhere. All three are for checkpoints; `tintype inspect
     MODEL --memory` tells what each saves.
     `execution` of a checkpoint is "eager", "compiled" by torch, or a CUDA "graph"; compiled ones are graphs there, too.
+    Of a bundle it is "eager", or "graph" for engines by tensorrt-rtx.
     """
     path = resolve(source)
     options = {"device": device, "dtype": dtype, "batch_invariant": batch_invariant}
@@ -69,13 +70,14 @@ def load(  # noqa: PLR0913 - they are what users type
             offload=offload,
             vae_tiling=vae_tiling,
             attention_slicing=attention_slicing,
-            execution=execution if execution != "eager" else "",
         )
         if asked:
             raise RequestError(
                 f"{asked} is for checkpoints; a bundle runs what it was exported with"
             )
-        return bundle_pipeline(open_bundle(path), backend, lora=lora, **options)
+        return bundle_pipeline(
+            open_bundle(path), backend, lora=lora, execution=execution, **options
+        )
     choose(backend, "checkpoint")  # opening one imports what an absent backend lacks
     checkpoint = open_source(path, allow_pickle=allow_pickle)
     checkpoint = checkpoint.without(without) if without else checkpoint
@@ -145,10 +147,17 @@ def bundle_pipeline(
     backend: str = "auto",
     *,
     lora: str | Path | Sequence[str | Path] = (),
+    execution: str = "eager",
     **options: Any,
 ) -> Pipeline:
     """The pipeline of a bundle that has been opened, with `load`'s options."""
     name, reason = choose(backend, "bundle")
+    if name == "tensorrt":
+        options["execution"] = execution
+    elif execution != "eager":
+        raise RequestError(
+            f"execution={execution!r} is for checkpoints on torch, 'graph' for tensorrt-rtx's engines too; leave it out"
+        )
     if loras := _loras(lora):
         from tintype.backends.updated_weights import UpdatedWeights
 

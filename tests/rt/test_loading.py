@@ -88,5 +88,10 @@ def test_a_dtype_that_the_bundle_is_not_in(tiny_bundle):
         tintype.load(tiny_bundle, dtype="float16")
 
 
+def test_graphs_are_for_torch_and_engines(tiny_bundle):
+    with pytest.raises(RequestError, match="execution='graph' is for checkpoints on torch"):
+        tintype.load(tiny_bundle, backend="onnxruntime", execution="graph")
+
+
 def test_sources_may_be_paths_or_strings(tiny_bundle):
     assert tintype.load(Path(tiny_bundle)).name == tintype.load(str(tiny_bundle)).name == "tiny"

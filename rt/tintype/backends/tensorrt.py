@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tintype.backends.updated_weights import UpdatedWeights
 
 _EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+_EXECUTIONS = ("eager", "graph")
 _ONNX = "run the bundle's ONNX form with backend='onnxruntime'"
 
 
@@ -96,6 +97,7 @@ class TensorRtBackend:
     """One engine a (stage, profile), shared by all threads, which take turns on the GPU.
 
     `device` is auto, cuda or cuda:N. With `batch_invariant` every picture goes through the same profile by itself.
+    `execution` "graph" lets TensorRT-RTX capture an engine's launches as a CUDA graph and replay that.
     """
 
     name = "tensorrt"
@@ -108,7 +110,13 @@ class TensorRtBackend:
         dtype: str = "auto",
         batch_invariant: bool | None = None,
         updated: UpdatedWeights | None = None,
+        execution: str = "eager",
     ) -> None:
+        if execution not in _EXECUTIONS:
+            raise RequestError(
+                f"execution={execution!r} is unknown to tensorrt; choose one of {', '.join(_EXECUTIONS)}"
+            )
+        self._execution = execution
         self.dtype = DTYPES[bundle.precision]
         if DTYPES.get(dtype, dtype) not in ("auto", self.dtype):
             raise RequestError(f"dtype={dtype!r}: this bundle's engines were built in {self.dtype}")
@@ -229,6 +237,12 @@ class TensorRtBackend:
     def _context(self, engine: Any, fingerprint: str) -> tuple[Any, _Kernels | None]:
         """What runs the engine, and the kernels that are compiled for it on the way."""
         runtime = engine.create_runtime_config()
+        if self._execution == "graph":
+            if not hasattr(runtime, "cuda_graph_strategy"):
+                raise RequestError(
+                    "execution='graph' needs engines by tensorrt-rtx, from version 1.2 on; leave it out"
+                )
+            runtime.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if not hasattr(runtime, "create_runtime_cache"):
             return engine.create_execution_context(), None
         kernels = _Kernels(runtime, cache_folder() / "tensorrt" / f"{fingerprint}.kernels")

@@ -174,6 +174,27 @@ def test_kernels_that_are_compiled_at_the_first_run_are_kept(engines, tmp_path, 
     assert PlayedCache.serialized == (found != b"kernels")
 
 
+def test_a_graph_is_captured_where_that_is_asked_for_and_there_is_such_a_thing(
+    engines, monkeypatch
+):
+    latents = {"latents": np.zeros((1, 4, 4, 4), np.float32)}
+    with pytest.raises(RequestError, match="needs engines by tensorrt-rtx"):
+        TensorRtBackend(open_bundle(engines), execution="graph").run("decode", "32x32-b1", latents)
+    runtime = SimpleNamespace(cuda_graph_strategy="none")
+    monkeypatch.setattr(PlayedEngine, "create_runtime_config", lambda engine: runtime)
+    module._imported(set()).CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    TensorRtBackend(open_bundle(engines)).run("decode", "32x32-b1", latents)
+    assert runtime.cuda_graph_strategy == "none"
+    TensorRtBackend(open_bundle(engines), execution="graph").run("decode", "32x32-b1", latents)
+    assert runtime.cuda_graph_strategy == "whole"
+
+
+def test_tensorrt_rtx_has_the_names_that_a_graph_is_asked_for_by():
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert hasattr(trt.IRuntimeConfig, "cuda_graph_strategy")
+    assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
+
+
 def test_engines_without_weights_are_filled_from_the_graphs(engines):
     bundle = open_bundle(engines)
     entry = bundle.engines["sm_89"] | {"graphs": bundle.stages}
@@ -278,9 +299,11 @@ def test_a_bundle_without_engines_says_how_to_get_them(tiny_bundle, monkeypatch)
         tintype.load(tiny_bundle, backend="tensorrt")
 
 
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"dtype": "float16"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"device": "cpu"}, {"dtype": "float16"}, {"execution": "compiled"}], ids=str
+)
 def test_options_that_engines_do_not_have_are_refused(engines, options):
-    with pytest.raises(RequestError, match="float16|device='cpu'"):
+    with pytest.raises(RequestError, match="float16|device='cpu'|choose one of eager, graph"):
         TensorRtBackend(open_bundle(engines), **options)
 
 
