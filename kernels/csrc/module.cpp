@@ -16,6 +16,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("quantize_int4", &quantize_int4, strict("w"), py::arg("bfloat16"), py::arg("group"), strict("packed"),
                strict("scales"));
     module.def("set_threads", [](int count) { tintype::ThreadPool::instance().set_threads(count); }, py::arg("count"));
+    module.def("share_openmp", [](bool share) { return tintype::ThreadPool::instance().share_openmp(share); },
+               py::arg("share"));
     module.def("threads", [] { return tintype::ThreadPool::instance().threads(); });
     module.def("instruction_set", [] { return tintype::rows().name; });
     module.def("instruction_sets", &instruction_sets);

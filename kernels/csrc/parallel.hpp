@@ -1,4 +1,6 @@
-// A loop cut over a pool of threads that lives as long as the process. Who does which piece never changes a result.
+// A loop cut over threads: OpenMP's where the process has them already, as one with torch has, for two pools that watch
+// for work fight over the cores; else a pool's that lives as long as the process. Who does which piece never changes a
+// result.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +14,7 @@
 #include <thread>
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <unistd.h>
 #endif
 
@@ -26,10 +29,22 @@ public:
     }
 
     int threads() const { return threads_.load(); }
-    void set_threads(int count) { threads_.store(std::max(1, count)); }
+    void set_threads(int count) { threads_.store(std::max(1, count)), asked_ = true; }
+
+    // From now on OpenMP's threads work, where a loaded library of it is found, or the pool's own; whether OpenMP's do.
+    bool share_openmp([[maybe_unused]] bool share) {
+        Team found = nullptr;
+#if !defined(_WIN32)
+        if (share) found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#endif
+        openmp_ = found;
+        return found != nullptr;
+    }
 
     // Calls piece(i) for each i below `pieces`; one caller at a time has the pool, another runs its own loop alone.
     void run(std::size_t pieces, const std::function<void(std::size_t)>& piece) {
+        const Team team = openmp_;
+        if (team && threads() > 1 && !forked()) return run_in(team, pieces, piece);
         const std::size_t helpers = std::min<std::size_t>(static_cast<std::size_t>(threads()), pieces) - (pieces ? 1 : 0);
         std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
         if (helpers == 0 || !owner.owns_lock() || forked()) {
@@ -54,6 +69,24 @@ public:
     }
 
 private:
+    // Runs a function on every thread of a team of so many; 0 is as many as OpenMP was told.
+    using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+    struct Loop {
+        const std::function<void(std::size_t)>& piece;
+        const std::size_t pieces;
+        std::atomic<std::size_t> next{0};
+    };
+
+    void run_in(Team team, std::size_t pieces, const std::function<void(std::size_t)>& piece) {
+        Loop loop{piece, pieces};
+        const auto take = [](void* given) {
+            Loop& shared = *static_cast<Loop*>(given);
+            for (std::size_t i = shared.next++; i < shared.pieces; i = shared.next++) shared.piece(i);
+        };
+        team(take, &loop, asked_ ? static_cast<unsigned>(threads()) : 0, 0);
+    }
+
     // A forked child has the pool's memory and none of its threads.
     bool forked() const {
 #if defined(_WIN32)
@@ -69,6 +102,7 @@ private:
         const char* wanted = std::getenv("TINTYPE_NUM_THREADS");
         const int asked = wanted ? std::atoi(wanted) : 0;
         set_threads(asked > 0 ? asked : static_cast<int>(std::thread::hardware_concurrency()));
+        asked_ = asked > 0;
     }
 
     void start_worker() {
@@ -102,6 +136,8 @@ private:
     }
 
     std::atomic<int> threads_{1};
+    std::atomic<bool> asked_{false};
+    std::atomic<Team> openmp_{nullptr};
     std::mutex owner_, mutex_;
     std::condition_variable wake_, done_;
     std::size_t workers_ = 0, invited_ = 0, pieces_ = 0;

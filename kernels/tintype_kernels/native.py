@@ -37,6 +37,11 @@ def set_threads(count: int) -> None:
     _extension().set_threads(count)
 
 
+def share_openmp(share: bool = True) -> bool:
+    """Let the threads of the OpenMP that the process has loaded do the work, or own ones again; whether OpenMP's do."""
+    return bool(module is not None and module.share_openmp(share))
+
+
 def group_norm_silu(
     x: Any, weight: Any, bias: Any, groups: int, eps: float, silu: bool, residual: Any = None
 ) -> tuple[Any, Any]:

@@ -8,10 +8,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tintype_kernels import choice, triton_support
 from tintype_kernels import native as extension
 from tintype_kernels.dispatch import interpreting, select
+
+# Torch brings OpenMP and its threads, which then do the native kernels' work, too.
+extension.share_openmp()
+_watchers: Callable[[], int] = (
+    torch._C._len_torch_dispatch_stack
+)  # of modes, such as one that fakes tensors
 
 Obstacle = Callable[..., str]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -60,7 +67,8 @@ class TorchOp:
         self._op.register_fake(fake)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._op(*arguments)
+        # The dispatcher takes longer than a small op, and here it would only find the body.
+        return self._run(*arguments) if _is_plain(arguments) else self._op(*arguments)
 
     def differentiate(
         self, setup_context: Callable[..., None], backward: Callable[..., Any]
@@ -80,9 +88,12 @@ class TorchOp:
         )
 
     def _run(self, *arguments: Any) -> Any:
-        # Triton launches on the current device
-        with torch.cuda.device_of(first_tensor(arguments)):  # type: ignore[no-untyped-call]
-            return self.implementations[self.form(*arguments)](*arguments)
+        implementation = self.implementations[self.form(*arguments)]
+        tensor = first_tensor(arguments)
+        if not tensor.is_cuda:
+            return implementation(*arguments)
+        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+            return implementation(*arguments)  # Triton launches on the current device
 
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if tensor.device.type != "cuda":
@@ -101,6 +112,14 @@ class TorchOp:
         if general or name not in self.obstacles:
             return general
         return self.obstacles[name](*arguments)
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether no gradient is asked for, and nothing traces or watches: tensors are what they seem."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _watchers():
+        return False
+    tensors = (value for value in arguments if isinstance(value, Tensor))
+    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
 
 
 def first_tensor(arguments: Any) -> Tensor:

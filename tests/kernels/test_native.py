@@ -36,6 +36,14 @@ def thread_count(request):
     native.set_threads(before)
 
 
+@pytest.fixture(params=[False, True], ids=["own threads", "OpenMP"])
+def whose_threads(request):
+    """Those of the extension, and those that torch brings."""
+    assert native.share_openmp(request.param) == request.param
+    yield
+    native.share_openmp()
+
+
 def normed(x, weight, bias, groups, residual=None, silu=True):
     x, weight, bias = x.double(), weight.double(), bias.double()
     h = x if residual is None else x + residual.double()
@@ -50,7 +58,7 @@ SHAPES = [(2, 6, 5, 7, 3), (3, 6, 1, 1, 2), (1, 4, 97, 61, 2), (2, 70, 29, 31, 7
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("kind", ["none", "channel", "full"])
-def test_group_norm_silu(shape, last, kind, instruction_set, thread_count):
+def test_group_norm_silu(shape, last, kind, instruction_set, thread_count, whose_threads):
     *size, groups = shape
     x, weight, bias = (
         normal(*size, mean=0.3).float(),
@@ -92,7 +100,7 @@ def test_group_norm_of_a_corner_far_from_all_others(last, instruction_set):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
-def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_threads(last):
+def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_threads(last, whose_threads):
     x = normal(3, 64, 31, 33).float()
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     weight, bias = normal(64).float(), normal(64).float()
@@ -141,7 +149,7 @@ def test_numpy_arrays_give_numpy_arrays():
     assert isinstance(out, np.ndarray)
 
 
-def test_callers_in_several_threads_do_not_disturb_each_other():
+def test_callers_in_several_threads_do_not_disturb_each_other(whose_threads):
     x, ones = normal(2, 32, 64, 65).float(), torch.ones(32)
     expected = native.group_norm_silu(x, ones, ones, 32, 1e-5, True)[0]
     found = []
@@ -163,7 +171,7 @@ def _norm_in_child(queue):
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_a_forked_child_works_without_the_parents_threads():
+def test_a_forked_child_works_without_the_parents_threads(whose_threads):
     x, ones = normal(2, 32, 64, 65).float(), torch.ones(32)
     native.group_norm_silu(x, ones, ones, 32, 1e-5, True)
     context = multiprocessing.get_context("fork")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tintype_kernels import QuantizedRows
 
 _EPS = 1e-6  # of the norms in flow transformers
+# Elements of a norm on a CPU below which PyTorch's operators are done before our op, in Python, is reached.
+_LARGE = 1 << 17
 Readers = Sequence[nn.Module]
 # cosines and sines [tokens, dim] that turn each pair of neighbouring channels by its token's position
 Rotation = tuple[Tensor, Tensor]
@@ -167,8 +169,8 @@ def _codes_for(x: Tensor, readers: Readers) -> str:
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Whether the native kernel takes x; tracers see PyTorch's own operators."""
-    plain = x.device.type == "cpu" and x.dtype == torch.float32
+    """Whether the native kernel takes x and is worth the call; tracers see PyTorch's own operators."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= _LARGE
     return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 

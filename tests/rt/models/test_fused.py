@@ -21,7 +21,7 @@ from tintype.models.quantised import (
 from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.unet import UNet, UNetConfig
 from tintype_kernels.torch_op import TorchOp
-from tolerances import LINEAR_INT8, QUANTISED_GRAPH, relative_error
+from tolerances import KERNEL_NORM, LINEAR_INT8, QUANTISED_GRAPH, relative_error
 
 _TEXT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
 _POOLED = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))
@@ -122,6 +122,30 @@ def test_the_fused_ops_give_what_pytorch_gives_and_its_gradients(model, ops_call
     output.square().sum().backward()
     assert relative_error(fused_output.detach(), output.detach()) < 1e-5
     assert relative_error(gradient, latents.grad) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sides", "dtype", "grad", "ours"),
+    [
+        ((64, 64), torch.float32, False, True),
+        ((8, 8), torch.float32, False, False),  # done before an op of ours would be reached
+        ((64, 64), torch.bfloat16, False, False),
+        ((64, 64), torch.float32, True, False),
+    ],
+)
+def test_on_a_cpu_large_norms_of_inference_are_ours(sides, dtype, grad, ours, monkeypatch):
+    called = []
+    call = TorchOp.__call__
+    monkeypatch.setattr(
+        TorchOp, "__call__", lambda op, *given: called.append(op.name) or call(op, *given)
+    )
+    norm, x = torch.nn.GroupNorm(8, 32, dtype=dtype), torch.randn(1, 32, *sides).to(dtype)
+    with torch.set_grad_enabled(grad):
+        found = fused.group_norm(norm, x, silu=True)
+        expected = torch.nn.functional.silu(norm(x))
+    assert called == ["group_norm_silu"] * ours
+    close = KERNEL_NORM[str(dtype).removeprefix("torch.")]
+    assert relative_error(found.detach().float(), expected.detach().float()) < close
 
 
 def test_attention_without_gradients_goes_through_the_op_where_it_is_preferred(model, ops_called):
