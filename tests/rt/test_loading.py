@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,20 @@ def test_a_dtype_that_the_bundle_is_not_in(tiny_bundle):
     assert tintype.load(tiny_bundle, dtype="float32").name == "tiny"
     with pytest.raises(RequestError, match="exported in fp32"):
         tintype.load(tiny_bundle, dtype="float16")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_what_a_pipeline_holds_goes_with_it(tiny_bundle, backend):
+    pytest.importorskip(backend)
+    pipe = tintype.load(tiny_bundle, backend=backend)
+    pipe("a", num_inference_steps=1)
+    held = weakref.ref(pipe.family.backend)
+    gc.disable()  # which would come by some time, gigabytes later
+    try:
+        del pipe
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_graphs_are_for_torch_and_engines(tiny_bundle):

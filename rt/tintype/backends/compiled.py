@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -13,10 +14,14 @@ V = TypeVar("V")
 
 
 class Compiled(Generic[K, V]):
-    """`make(key)` runs once a key, whoever asks first; what it raised is raised to all who waited, then tried again."""
+    """`make(key)` runs once a key, whoever asks first; what it raised is raised to all who waited, then tried again.
+
+    `make` is a method of the object that holds this one, which does not hold it back: what was made, gigabytes mostly,
+    goes with the object at once, and not when the garbage collector next comes by.
+    """
 
     def __init__(self, make: Callable[[K], V]) -> None:
-        self._make = make
+        self._make = weakref.WeakMethod(make)
         self._futures: dict[K, Future[V]] = {}
         self._lock = threading.Lock()
 
@@ -39,7 +44,8 @@ class Compiled(Generic[K, V]):
 
     def _fulfil(self, future: Future[V], key: K) -> None:
         try:
-            future.set_result(self._make(key))
+            if (make := self._make()) is not None:  # else nobody is left to ask for it
+                future.set_result(make(key))
         except Exception as error:  # whoever waits for it gets it
             future.set_exception(error)
 
