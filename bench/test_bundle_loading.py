@@ -6,15 +6,19 @@ A bundle is hashed when this machine first sees it and then known by sizes and t
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import tintype
 from tintype.backends.torch import TorchBackend
+from tintype.backends.updated_weights import UpdatedWeights, stored_components
 from tintype.bundle import open_bundle
 from tintype.checkpoints import open_checkpoint
+from tintype.checkpoints.lora_files import Lora
 from tintype.loading import BOX
 from tintype_bench.runners.plain_graphs import session
 from tintype_bench.work import Runner
@@ -45,6 +49,31 @@ def test_load(benchmark, backend):
     """A pipeline that has opened no graph yet."""
     pytest.importorskip(backend)
     benchmark(tintype.load, POSTCARD, backend=backend)
+
+
+def test_adding_low_rank_updates(benchmark, tmp_path):
+    """Of rank 16 to every linear layer of the denoiser's blocks, of postcard or the bundle TINTYPE_BUNDLE."""
+    bundle = open_bundle(os.environ.get("TINTYPE_BUNDLE", POSTCARD), check_hashes=False)
+    file = tmp_path / "updates.safetensors"
+    save_file(_updates(bundle, np.random.default_rng(0)), file)
+    updated = benchmark(UpdatedWeights, bundle, [Lora(file)])
+    changed = sum(len(new) for _, found in updated.stretches.values() for new in found)
+    benchmark.extra_info |= {"megabytes": changed / 1e6, "file": file.stat().st_size / 1e6}
+
+
+def _updates(bundle, rng):
+    """By the names that PEFT gives them."""
+    layers = {
+        name.removesuffix(".weight"): stored.shape
+        for name, stored in stored_components(bundle)["unet"].items()
+        if "transformer_blocks" in name and name.endswith(".weight") and len(stored.shape) == 2
+    }
+    shapes = {
+        f"unet.{layer}.lora_{half}.weight": shape
+        for layer, (outputs, inputs) in layers.items()
+        for half, shape in {"A": (16, inputs), "B": (outputs, 16)}.items()
+    }
+    return {name: 0.01 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -66,7 +66,7 @@ class UpdatedWeights:
 
 def _changes(bundle: Bundle, loras: tuple[Lora, ...]) -> Iterator[tuple[Stored, Bytes]]:
     """Every stored tensor that the updates change, and its new bytes."""
-    stored = _components(bundle)
+    stored = stored_components(bundle)
     shapes = {name: dict(_layer_shapes(tensors)) for name, tensors in stored.items()}
     model = Updatable(bundle.folder, bundle.family, tuple(stored), lambda name: shapes[name])
     updates = [fitted(model, lora) for lora in loras]
@@ -76,7 +76,7 @@ def _changes(bundle: Bundle, loras: tuple[Lora, ...]) -> Iterator[tuple[Stored, 
             yield from _updated(layer, tensors, sum(map(_update, pieces)))
 
 
-def _components(bundle: Bundle) -> dict[str, dict[str, Stored]]:
+def stored_components(bundle: Bundle) -> dict[str, dict[str, Stored]]:
     """component -> name -> tensor, of all the bundle's weights."""
     if (bundle.folder / INDEX).is_file():  # a checkpoint, whose files the graphs point into
         parts = open_checkpoint(bundle.folder).components.items()
