@@ -39,7 +39,8 @@ def _pipeline(work: Work, dtype: torch.dtype) -> Any:
         import diffusers
     except ImportError as error:
         raise BackendUnavailable(
-            'the peer diffusers is absent; install it with: pip install "tintype[bench]"'
+            f"the peer diffusers cannot be imported ({str(error).splitlines()[0]}); install it with: "
+            'pip install "tintype[bench]"'
         ) from error
     if not work.checkpoint:
         raise RequestError("diffusers reads a checkpoint folder, and this model is a bundle alone")
