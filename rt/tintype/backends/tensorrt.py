@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -236,7 +237,8 @@ class TensorRtBackend:
 
     def _context(self, engine: Any, fingerprint: str) -> tuple[Any, _Kernels | None]:
         """What runs the engine, and the kernels that are compiled for it on the way."""
-        runtime = engine.create_runtime_config()
+        # Older versions of `tensorrt` have none.
+        runtime = getattr(engine, "create_runtime_config", SimpleNamespace)()
         if self._execution == "graph":
             if not hasattr(runtime, "cuda_graph_strategy"):
                 raise RequestError(
