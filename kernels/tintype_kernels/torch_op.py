@@ -16,9 +16,8 @@ from tintype_kernels.dispatch import interpreting, select
 
 # Torch brings OpenMP and its threads, which then do the native kernels' work, too.
 extension.share_openmp()
-_watchers: Callable[[], int] = (
-    torch._C._len_torch_dispatch_stack
-)  # of modes, such as one that fakes tensors
+# How many modes watch, such as one that fakes tensors.
+_watchers: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 Obstacle = Callable[..., str]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -88,12 +87,9 @@ class TorchOp:
         )
 
     def _run(self, *arguments: Any) -> Any:
-        implementation = self.implementations[self.form(*arguments)]
-        tensor = first_tensor(arguments)
-        if not tensor.is_cuda:
-            return implementation(*arguments)
-        with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
-            return implementation(*arguments)  # Triton launches on the current device
+        # Triton launches on the current device, also where forms are measured to choose one
+        with torch.cuda.device_of(first_tensor(arguments)):  # type: ignore[no-untyped-call]
+            return self.implementations[self.form(*arguments)](*arguments)
 
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if tensor.device.type != "cuda":

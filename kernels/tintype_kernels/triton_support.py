@@ -26,6 +26,12 @@ def widen(x):  # noqa: ANN001, ANN201
     return x.to(wide)
 
 
+@jit
+def magnitude_bits(x):  # noqa: ANN001, ANN201
+    """Give the bits of |x| of float32: integers that order as magnitudes do, NaN, which a maximum drops, above all."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
 def ceil_div(count: int, size: int) -> int:
     """How many pieces of `size` hold `count`."""
     return -(-count // size)

@@ -25,7 +25,7 @@ from tintype_kernels.torch_op import (
     memory_format,
     public,
 )
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
+from tintype_kernels.triton_support import ceil_div, jit, magnitude_bits, power_of_two, tl, widen
 
 LEAST, MOST = -128.0, LARGEST[torch.int8]  # codes of a picture, as QuantizeLinear saturates
 LONGEST = 2**31 // (127 * 128)  # products of two codes that an int32 can sum
@@ -93,14 +93,11 @@ def _empty_output(
 
 @jit
 def _peak_kernel(x, peaks, SIZE, SPAN: tl.constexpr):
-    """Raise each sample's peak to its largest magnitude: grid (spans, samples).
-
-    The bits of numbers without a sign order as the numbers do, NaN above all; and a maximum is the same in any order.
-    """
+    """Raise each sample's peak to its largest magnitude, which is the same in any order: grid (spans, samples)."""
     sample = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
-    values = tl.abs(tl.load(x + sample * SIZE + at, at < SIZE, 0.0).to(tl.float32))
-    tl.atomic_max(peaks + sample, tl.max(values.to(tl.int32, bitcast=True), 0), sem="relaxed")
+    values = tl.load(x + sample * SIZE + at, at < SIZE, 0.0).to(tl.float32)
+    tl.atomic_max(peaks + sample, tl.max(magnitude_bits(values), 0), sem="relaxed")
 
 
 @jit

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tintype_kernels.ops.quantise import quantize_rows
 from tintype_kernels.torch_op import TorchOp
-from tintype_kernels.triton_support import jit, tl, too_wide
+from tintype_kernels.triton_support import jit, magnitude_bits, tl, too_wide
 
 SCHEMES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # The first architecture whose instructions know a scheme's codes.
@@ -38,8 +38,7 @@ def store_quantized(
 ):
     """Write a tile that holds whole rows, zero beside them, as codes [M, N] and scales [M]."""
     values = values.to(INPUT).to(tl.float32)
-    # The bits of numbers without a sign order as the numbers do, and NaN, which a maximum of numbers drops, above all.
-    peak = tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    peak = tl.max(magnitude_bits(values), 1).to(tl.float32, bitcast=True)
     scale = tl.div_rn(peak, LIMIT)
     inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
     values = tl.minimum(tl.maximum(values * inverse[:, None], -LIMIT), LIMIT)

@@ -90,7 +90,7 @@ class OpenVinoBackend(OnHost):
         on_cpu = self._device == "CPU"
         self.batch_invariant = on_cpu if batch_invariant is None else batch_invariant
         self._weights = MappedWeights(bundle, updated)
-        # A kept blob is found by where its weights lie, and updated ones lie anywhere.
+        # A kept blob shall serve no other updates than those that it was made with.
         self._keeps = updated is None and os.environ.get(CACHE_VARIABLE, "0") != "0"
         self._graphs = Compiled(self._open)
 

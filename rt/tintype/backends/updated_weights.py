@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.backends.onnx_weights import ExternalTensor, external_tensors
-from tintype.bundle import Bundle
+from tintype.bundle import DTYPES, Bundle
 from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.diffusers import INDEX
 from tintype.checkpoints.files import Stored, Target, Weights, stored_whole
@@ -22,7 +22,7 @@ from tintype.errors import CheckpointError, RequestError
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_PRECISIONS = (*DTYPES, "int8")
 _LARGEST_CODE = 127
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I8": np.int8}
 
@@ -69,11 +69,12 @@ def _changes(bundle: Bundle, loras: tuple[Lora, ...]) -> Iterator[tuple[Stored, 
     stored = stored_components(bundle)
     shapes = {name: dict(_layer_shapes(tensors)) for name, tensors in stored.items()}
     model = Updatable(bundle.folder, bundle.family, tuple(stored), lambda name: shapes[name])
-    updates = [fitted(model, lora) for lora in loras]
-    for component in sorted({name for each in updates for name in each.layers}):
-        tensors = stored[component]
-        for layer, pieces in _by_layer(updates, component).items():
-            yield from _updated(layer, tensors, sum(map(_update, pieces)))
+    pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
+    for lora in loras:
+        for component, piece in _pieces(fitted(model, lora)):
+            pieces[component, layer_of(piece.target)].append(piece)
+    for (component, layer), found in pieces.items():
+        yield from _updated(layer, stored[component], sum(map(_update, found)))
 
 
 def stored_components(bundle: Bundle) -> dict[str, dict[str, Stored]]:
@@ -103,14 +104,13 @@ class _Piece(NamedTuple):
     parts: Mapping[str, Stored]
 
 
-def _by_layer(updates: Iterable[Updates], component: str) -> dict[str, list[_Piece]]:
-    found: dict[str, list[_Piece]] = defaultdict(list)
-    for each in updates:
-        file = dict(stored_whole(Weights((each.lora.path,))))
-        for target, keys in each.layers.get(component, {}).items():
+def _pieces(updates: Updates) -> Iterator[tuple[str, _Piece]]:
+    """What a file adds, by component."""
+    file = dict(stored_whole(Weights((updates.lora.path,))))
+    for component, layers in updates.layers.items():
+        for target, keys in layers.items():
             parts = {part: file[key] for part, key in keys.items()}
-            found[layer_of(target)].append(_Piece(each, target, parts))
-    return found
+            yield component, _Piece(updates, target, parts)
 
 
 def _update(piece: _Piece) -> Floats:

@@ -38,11 +38,8 @@ class Target(NamedTuple):
 
     def rows(self, stored: int) -> list[int]:
         """Which of a stored tensor's rows are the piece's, in its order."""
-        if self.parts == 1:
-            rows = list(range(stored))
-        else:
-            cut = stored // self.parts
-            rows = list(range(self.part * cut, (self.part + self.span) * cut))
+        cut = stored // self.parts
+        rows = list(range(self.part * cut, (self.part + self.span) * cut))
         middle = len(rows) // 2
         return rows[middle:] + rows[:middle] if self.swapped else rows
 

@@ -183,8 +183,9 @@ class _Quantised(nn.Module):
             if tuned is None
             else round_codes(tuned.detach(), scale, self.scheme.weights)
         )
-        sides = [None if each is None else each.detach() for each in self._side_scales()]
-        input_scale, output_scale = sides
+        input_scale, output_scale = (
+            None if each is None else each.detach() for each in self._side_scales()
+        )
         return LayerCodes(self.scheme, codes, scale, input_scale, self.smoothing, output_scale)
 
     def _held(self, codes: Tensor) -> Tensor:
