@@ -147,9 +147,29 @@ struct ChannelsLast {
         rows().norm->column_sums(x, residual, some, pixels(i) / some * s.channels, s.channels, centre.data(), two.data());
         for (std::size_t first = 0; first < s.channels; first += width)
             std::fill_n(&centre[first], width, mean_of(&two[first], nullptr, width) / static_cast<float>(some));
-        rows().norm->column_sums(x, residual, pixels(i), s.channels, s.channels, centre.data(), two.data());
+        const auto sum = [&] {
+            rows().norm->column_sums(x, residual, pixels(i), s.channels, s.channels, centre.data(), two.data());
+        };
+        sum();
+        if (recentre(i, centre, two.data())) sum();
         for (std::size_t group = 0; group < s.groups; ++group)
             moments[i * s.groups + group] = group_moments(i, group * width, centre[group * width], two.data());
+    }
+
+    // Moves the centres that lie farther from their group's mean than its values do, as where the pixels that they are of
+    // were unlike the others, to that mean: squares around them would cancel. Whether there were any.
+    bool recentre(std::size_t i, std::vector<float>& centre, const float* two) const {
+        const double count = static_cast<double>(pixels(i) * s.per_group());
+        bool moved = false;
+        for (std::size_t first = 0; first < s.channels; first += s.per_group()) {
+            double sum = 0, squares = 0;
+            for (std::size_t c = first; c < first + s.per_group(); ++c) sum += two[c], squares += two[s.channels + c];
+            const double away = sum / count;
+            if (away * away <= squares / count - away * away) continue;
+            std::fill_n(&centre[first], s.per_group(), static_cast<float>(centre[first] + away));
+            moved = true;
+        }
+        return moved;
     }
 
     // From its channels' sums around one centre, and what is added to each channel.
