@@ -118,7 +118,8 @@ class TensorRtBackend:
                 f"execution={execution!r} is unknown to tensorrt; choose one of {', '.join(_EXECUTIONS)}"
             )
         self._execution = execution
-        self.dtype = DTYPES[bundle.precision]
+        # Beside codes engines compute in float16.
+        self.dtype = DTYPES.get(bundle.precision, "float16")
         if DTYPES.get(dtype, dtype) not in ("auto", self.dtype):
             raise RequestError(f"dtype={dtype!r}: this bundle's engines were built in {self.dtype}")
         packages = require_engines(bundle)

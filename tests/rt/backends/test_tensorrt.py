@@ -245,6 +245,14 @@ def test_updated_weights_go_into_engines_without_weights(engines, taken):
     assert given == [("some.weight", ("type of some.weight", new.ctypes.data, 4))]
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", "bfloat16"), ("int8", "float16"), ("int4", "float16")]
+)
+def test_what_engines_compute_in_is_told(engines, precision, dtype):
+    backend = TensorRtBackend(replace(open_bundle(engines), precision=precision), dtype=dtype)
+    assert backend.dtype == dtype
+
+
 def test_engines_that_hold_their_weights_take_no_updates(engines):
     with pytest.raises(RequestError, match="--weightless"):
         TensorRtBackend(open_bundle(engines), updated=SimpleNamespace())
