@@ -163,6 +163,15 @@ def on_device(case: Case, device: str) -> Case:
     return replace(case, runners=runners)
 
 
+def without_bf16(case: Case) -> Case:
+    """The case for a device that only imitates bfloat16: who would compute in it does so in float32, each once."""
+    wide = (
+        replace(runner, precision="fp32") if runner.precision == "bf16" else runner
+        for runner in case.runners
+    )
+    return replace(case, runners=tuple(dict.fromkeys(wide)))
+
+
 def of_model(model: str, settings: dict[str, float], *, bundle: bool) -> Case:
     """The case of a model that the user names, at its own settings."""
     runners = _OWN_GRAPHS if bundle else ours("torch", "fp32", "bf16")

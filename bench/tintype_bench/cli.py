@@ -201,7 +201,11 @@ def _campaign(options: argparse.Namespace) -> Any:
 
 def _cases(options: argparse.Namespace, suite: str, device: str) -> Iterable[Any]:
     from tintype_bench import cases
+    from tintype_bench.conditions import computes_bf16
 
+    bf16 = computes_bf16(device)
+    if not bf16:
+        print("this CPU does not compute in bfloat16; float32 stands in its place", file=sys.stderr)
     found: Iterable[Any]
     if suite == "models":
         found = [_model_case(model) for model in options.model]
@@ -214,7 +218,8 @@ def _cases(options: argparse.Namespace, suite: str, device: str) -> Iterable[Any
         small = cases.tiny(case) if options.tiny else case
         if options.only is None or fnmatchcase(small.name, f"*{options.only}*"):
             chosen = cases.chosen_peers(small, options.peer, options.peer_cmd)
-            yield cases.on_device(chosen, device)
+            placed = cases.on_device(chosen, device)
+            yield placed if bf16 else cases.without_bf16(placed)
 
 
 def _model_case(model: str) -> Any:

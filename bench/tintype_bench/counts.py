@@ -21,6 +21,14 @@ from tintype.models.stages import Stage, build_stage, stage_component, stage_nam
 from tintype.tokenizer import CONTEXT
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+# The types that a product of each may be made in.
+_SERVING = {
+    "fp32": ("fp32",),
+    "fp16": ("fp16", "bf16", "fp32"),
+    "bf16": ("bf16", "fp32"),
+    "int8": ("int8", "bf16", "fp32"),
+    "fp8": ("fp8", "bf16", "fp32"),
+}
 _ATTENTION = ("bmm", "baddbmm", "attention")
 
 
@@ -42,12 +50,14 @@ class Ceilings:
     bandwidth: float
 
     def rate(self, precision: str, *, attention: bool) -> float:
-        """FLOP/s of a product; attention stays in 16 bits (fp32: 32) where products have 8."""
-        wide = {"int8": "bf16", "fp8": "bf16"}.get(precision, precision)
-        wanted = wide if attention else precision
-        if wanted == "fp16" and "fp16" not in self.flops:
-            wanted = "bf16"
-        return self.flops.get(wanted, max(self.flops.values()))
+        """FLOP/s of a product; attention stays in 16 bits (fp32: 32) where products have 8.
+
+        A product may be made in wider types than it is asked in, where the machine is faster in those.
+        """
+        serving = _SERVING[precision]
+        if attention:
+            serving = tuple(each for each in serving if BYTES[each] > 1)
+        return max(self.flops[each] for each in serving if each in self.flops)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,20 @@ FLUSH_BYTES = (
 COPY_BYTES = 2**30
 
 
-def time_call(call: Callable[[], Any], device: str, runs: int) -> Spread:
-    """Microseconds of `runs` calls after two to warm up."""
+def time_call(
+    call: Callable[[], Any], device: str, runs: int, *, longest: float = math.inf
+) -> Spread:
+    """Microseconds of `runs` calls after two to warm up; on a CPU of fewer, once they took `longest` seconds."""
     for _ in range(2):
         call()
-    microseconds = _cuda(call, runs) if device == "cuda" else [_wall(call) for _ in range(runs)]
-    return spread(microseconds)
+    return spread(_cuda(call, runs) if device == "cuda" else _cpu(call, runs, longest))
+
+
+def _cpu(call: Callable[[], Any], runs: int, longest: float) -> list[float]:
+    found = [_wall(call)]
+    while len(found) < runs and sum(found) < 1e6 * longest:
+        found.append(_wall(call))
+    return found
 
 
 def _cuda(call: Callable[[], Any], runs: int) -> list[float]:

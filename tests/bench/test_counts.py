@@ -123,6 +123,16 @@ def test_the_floor_is_the_larger_of_arithmetic_and_traffic_product_by_product():
     )
 
 
+def test_a_product_may_be_made_in_whatever_wider_type_the_machine_is_faster_in():
+    """As on a CPU that only imitates bfloat16 and codes."""
+    imitating = Ceilings({"fp32": 9e10, "bf16": 1e9, "int8": 4e9}, 1e10)
+    for precision in ("fp32", "fp16", "bf16", "int8"):
+        assert imitating.rate(precision, attention=False) == 9e10
+    native = Ceilings({"fp32": 1e12, "bf16": 2e12, "int8": 4e12}, 1e10)
+    assert native.rate("int8", attention=False) == 4e12
+    assert native.rate("int8", attention=True) == native.rate("fp16", attention=True) == 2e12
+
+
 def test_the_stages_that_lose_most_are_named_in_order():
     shares = {"encode": 0.12, "denoise": 0.6, "decode": 0.2}
     lost = losses(shares, {"denoise": 5.0, "decode": 0.5}, seconds=10)

@@ -16,12 +16,15 @@ from tintype.errors import BundleError, RequestError
 from tintype_bench import cases
 from tintype_bench.campaign import Campaign, Clock, Progress, Unfinished
 from tintype_bench.cases import Case, ours
+from tintype_bench.conditions import computes_bf16, machine_name
 from tintype_bench.measure import Plan, Task
 from tintype_bench.probe import Settling
 from tintype_bench.shapes import SHAPES
 from tintype_bench.sources import Sources
 from tintype_bench.work import PROMPT, Runner, Work
 
+# What OpenVINO's rows are timed in here.
+NATIVE = "bf16" if computes_bf16("cpu") else "fp32"
 ONCE = ["--rounds", "1", "--runs", "1"]
 # A worker of somebody else's, that draws what it was given.
 OWN_WORKER = """
@@ -75,9 +78,9 @@ def test_a_bundle_beside_its_engines_alone_and_commands(tiny_bundle, tmp_path, c
     rows = rows_of(written)
     for who in (
         "tintype onnxruntime fp32",
-        "tintype openvino bf16",
+        f"tintype openvino {NATIVE}",
         "onnxruntime fp32",
-        "openvino bf16",
+        f"openvino {NATIVE}",
     ):
         assert rows[who, "warm"]["status"] == "timed", rows[who, "warm"]
         assert rows[who, "warm"]["peak_megabytes"]["host"] > 0
@@ -194,6 +197,16 @@ def test_the_time_limit_stops_before_a_group_that_would_pass_it(sources):
         tiny_campaign(sources, *ours("torch", "fp32"), limit=-1.0).run(None, resume=False)
 
 
+def test_on_a_cpu_without_bfloat16_everybody_is_timed_once_in_float32_in_its_place():
+    for make in (cases.quick, cases.cpu, cases.scale):
+        for case in make():
+            wide = cases.without_bf16(case).runners
+            labels = [runner.label for runner in wide]
+            assert len(set(labels)) == len(labels)
+            assert {runner.precision for runner in wide} <= {"fp32", "int8"}
+            assert {runner.kind for runner in wide} == {runner.kind for runner in case.runners}
+
+
 def test_every_suites_cases_have_names_of_their_own_and_known_runners():
     for suite, make in cases.CASES.items():
         found = [case.name for case in make()]
@@ -249,6 +262,8 @@ def test_results_have_a_folder_of_the_machine(tmp_path, monkeypatch):
     assert main(["bench", "--results", str(tmp_path)]) == 0
     written = {path.name for path in (tmp_path / "nvidia-h200").iterdir()}
     assert written == {"quick.json", "quick.html", "quick.md"}
+    for bf16, name in ((True, "cpu-8core"), (False, "cpu-8core-without-bf16")):
+        assert machine_name({"cores": 8, "cpu_bf16": bf16}) == name
     assert json.loads((tmp_path / "nvidia-h200" / "quick.json").read_text()) == made
 
 
