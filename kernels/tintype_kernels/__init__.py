@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tintype_kernels.ops.geglu import geglu
     from tintype_kernels.ops.geglu_quantized import geglu_quantized
     from tintype_kernels.ops.group_norm_silu import group_norm_silu
+    from tintype_kernels.ops.group_norm_silu_quantized import group_norm_silu_quantized
     from tintype_kernels.ops.int4_linear import int4_linear
     from tintype_kernels.ops.int8_conv2d import int8_conv2d
     from tintype_kernels.ops.int8_linear import int8_linear
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
     from tintype_kernels.ops.qk_norm_rope import qk_norm_rope
     from tintype_kernels.ops.quantise import quantize_fp8, quantize_int4, quantize_int8
+    from tintype_kernels.ops.quantised_pictures import QuantizedPictures
     from tintype_kernels.ops.quantised_rows import QuantizedRows
 
 # Each op on tensors, with the module of `tintype_kernels.ops` that holds it.
 _TENSOR_OPS = {
+    "QuantizedPictures": "quantised_pictures",
     "QuantizedRows": "quantised_rows",
     "activate_quantized": "activate_quantized",
     "attention": "attention",
@@ -37,6 +40,7 @@ _TENSOR_OPS = {
     "geglu": "geglu",
     "geglu_quantized": "geglu_quantized",
     "group_norm_silu": "group_norm_silu",
+    "group_norm_silu_quantized": "group_norm_silu_quantized",
     "int4_linear": "int4_linear",
     "int8_conv2d": "int8_conv2d",
     "int8_linear": "int8_linear",
@@ -51,6 +55,7 @@ _TENSOR_OPS = {
 __all__ = [
     "KernelUnavailable",
     "NoiseKey",
+    "QuantizedPictures",
     "QuantizedRows",
     "Row",
     "activate_quantized",
@@ -60,6 +65,7 @@ __all__ = [
     "geglu",
     "geglu_quantized",
     "group_norm_silu",
+    "group_norm_silu_quantized",
     "implementation",
     "int4_linear",
     "int8_conv2d",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tintype_kernels.cache import cache_folder, replace_text
+from tintype_kernels.layout import memory_format
 
 VARIABLE = "TINTYPE_AUTOTUNE"
 Forms = Mapping[str, Callable[[], Any]]
@@ -51,10 +52,11 @@ class Choices:
 def shape_class(op: str, arguments: tuple[Any, ...]) -> str:
     """The key of a call: its tensors' types, and their sizes without the batch, rounded up to powers of two.
 
-    Whole numbers, such as a stride, count as they are.
+    Pictures that lie channels-last have a key of their own. Whole numbers, such as a stride, count as they are.
     """
+    first = next(value for value in arguments if isinstance(value, Tensor))
     parts = [
-        f"{_short(value.dtype)}[{_sizes(value)}]" if isinstance(value, Tensor) else str(value)
+        _described(value, first) if isinstance(value, Tensor) else str(value)
         for value in arguments
         if isinstance(value, Tensor) or type(value) is int
     ]
@@ -92,8 +94,14 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _sizes(tensor: Tensor) -> str:
-    """A matrix or a convolution's kernels in eight bits are a quantised weight, and have no batch to leave out."""
-    weight = tensor.element_size() == 1 and tensor.ndim in {2, 4}
+def _described(tensor: Tensor, first: Tensor) -> str:
+    """A matrix or a convolution's kernels in eight bits, behind what they weigh, have no batch to leave out."""
+    weight = tensor.element_size() == 1 and tensor.ndim in {2, 4} and tensor is not first
     sizes = tensor.shape if weight else tensor.shape[1:]
-    return "x".join(str(1 << max(size - 1, 0).bit_length()) for size in sizes)
+    rounded = "x".join(str(1 << max(size - 1, 0).bit_length()) for size in sizes)
+    return f"{_short(tensor.dtype)}[{rounded}]{_lies(tensor)}"
+
+
+def _lies(tensor: Tensor) -> str:
+    pictures = tensor.ndim == 4 and tensor.is_floating_point()
+    return "last" if pictures and memory_format(tensor) == torch.channels_last else ""

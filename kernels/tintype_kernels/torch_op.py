@@ -192,10 +192,3 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def empty(x: Tensor) -> Tensor:
     """A new contiguous tensor of x's shape, dtype and device."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """How an op on x [n, c, h, w] lays its output out: channels-last where x is that and not contiguous as well."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last

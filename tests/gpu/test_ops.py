@@ -18,9 +18,21 @@ from kernel_checks import (
     norm_error,
 )
 from matrix_samples import ATTENTION, CONVOLUTION, LINEAR, WITH_ROLES
-from tintype_kernels import NoiseKey, Row, activate_quantized, scheduler_step
+from tintype_kernels import NoiseKey, Row, activate_quantized, group_norm_silu, scheduler_step
 from tintype_kernels.ahead_of_time import op_modules
-from tintype_kernels.ops import attention, fp8_linear, int8_linear
+from tintype_kernels.ops import (
+    attention,
+    fp8_linear,
+    group_norm_silu_quantized,
+    int8_conv2d,
+    int8_linear,
+)
+from tintype_kernels.ops.quantised_pictures import (
+    QuantizedPictures,
+    lies_channels_last,
+    write_pictures,
+)
+from tintype_kernels.ops.quantised_rows import RowsOp
 from tintype_kernels.philox import philox_normals
 from tolerances import KERNEL_NORM, KERNEL_NORMALS, LINEAR_FP8, LINEAR_INT8
 
@@ -77,7 +89,10 @@ def test_attention_with_roles_at_real_sizes(batch, heads, queries, keys, dim):
     )
 
 
-@pytest.mark.parametrize("module", [m for m in op_modules() if m.__name__.endswith("_quantized")])
+ROWS = [m for m in op_modules() if isinstance(getattr(m, "OP", None), RowsOp)]
+
+
+@pytest.mark.parametrize("module", ROWS)
 def test_rows_in_eight_bits(module):
     """A value in the middle of two codes may go either way, as its kernels round in another order than PyTorch's."""
     function = getattr(module, module.__name__.rpartition(".")[2])
@@ -99,6 +114,29 @@ def test_a_linear_layer_gives_the_same_for_rows_as_for_what_they_were(module):
             with forced("triton"):
                 rows = activate_quantized(arguments["x"], module.SCHEME)
                 assert torch.equal(function(**{**arguments, "x": rows}), function(**arguments))
+
+
+def test_pictures_in_eight_bits_are_those_of_the_ops_one_after_the_other():
+    """But for a value in the middle of two codes, as the compiler may order a kernel's sums otherwise."""
+    for case, arguments in group_norm_silu_quantized.cases(normal, batch=2):
+        with forced("triton"):
+            pictures = group_norm_silu_quantized.group_norm_silu_quantized(**arguments)
+            scale = arguments.pop("input_scale", None)
+            codes, scales = write_pictures(group_norm_silu(**arguments), scale)
+        assert norm_error(pictures.scales, scales) < KERNEL_NORM["bfloat16"], case
+        expected = pictures._replace(codes=codes, scales=scales)
+        assert norm_error(pictures.numbers(), expected.numbers()) < LINEAR_INT8, case
+
+
+def test_a_convolution_gives_the_same_for_codes_as_for_what_they_were():
+    for case, arguments in int8_conv2d.cases(normal, batch=2):
+        x, scale = arguments["x"], arguments.get("input_scale")
+        if isinstance(x, torch.Tensor):
+            with forced("triton"):
+                written = write_pictures(x, scale)
+                pictures = QuantizedPictures(*written, x.dtype, lies_channels_last(x))
+                found = int8_conv2d.int8_conv2d(**{**arguments, "x": pictures, "input_scale": None})
+                assert torch.equal(found, int8_conv2d.int8_conv2d(**arguments)), case
 
 
 @pytest.mark.parametrize(

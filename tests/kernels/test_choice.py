@@ -101,6 +101,29 @@ def test_kernels_in_codes_count_whole_and_so_does_a_stride():
     assert key(1, 32, 1) != key(1, 32, 2)
 
 
+def test_pictures_that_lie_channels_last_have_a_key_of_their_own():
+    def key(batch, layout, dtype=torch.float16):
+        x = torch.empty(batch, 8, 4, 4, dtype=dtype).contiguous(memory_format=layout)
+        return shape_class("group_norm_silu", (x, torch.empty(8)))
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    assert key(1, plain) == key(8, plain)
+    assert key(1, last) == key(8, last)
+    assert key(1, plain) != key(1, last)
+    assert key(1, plain, torch.int8) == key(
+        1, last, torch.int8
+    )  # kernels are held as ours reads them
+
+
+def test_pictures_in_codes_leave_out_the_batch():
+    def key(batch, side):
+        codes, weight = (torch.empty(n, side, side, 8, dtype=torch.int8) for n in (batch, 32))
+        return shape_class("quantized_pictures_conv2d", (codes, torch.empty(batch), weight))
+
+    assert key(1, 4) == key(8, 4)
+    assert key(1, 4) != key(1, 8)
+
+
 def test_what_was_measured_is_taken_unless_overridden(monkeypatch):
     def chosen(**obstacles):
         return select(**obstacles, fastest=lambda able: "reference")

@@ -88,6 +88,18 @@ def test_what_is_not_finite_shows_in_its_sample_alone(implementation, value):
 
 
 @each_form
+def test_nan_shows_in_its_sample_on_a_calibrated_scale_too(implementation):
+    x, qw, scale = normal(3, 4, 5, 5).float(), quantised(normal(6, 4, 3, 3)), torch.tensor(0.02)
+    clean = int8_conv2d(x, qw, input_scale=scale)
+    x[1, 2, 3, 0] = float("nan")
+    with forced(implementation), np.errstate(invalid="ignore"):
+        found = int8_conv2d(x, qw, input_scale=scale)
+    assert found[1].isnan().all()
+    assert norm_error(found[::2], clean[::2]) < KERNEL_NORM["float32"]
+    assert scale == torch.tensor(0.02)
+
+
+@each_form
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_the_output_lies_as_the_input_does(implementation, layout):
     x = normal(2, 4, 5, 6).float().contiguous(memory_format=layout)

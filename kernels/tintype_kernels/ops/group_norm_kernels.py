@@ -1,4 +1,4 @@
-"""Triton kernels of `group_norm_silu`, for x of C channels and P pixels in either layout.
+"""Triton kernels of `group_norm_silu`, and what its form in codes shares, for x of C channels and P pixels.
 
 Statistics of the pieces of a group are merged as Chan, Golub and LeVeque do ("Updating formulae", 1979), in an order
 that depends on the sizes of one sample alone: so a row has the same bits in any batch. A mean is kept as the sum of
@@ -11,12 +11,18 @@ from tintype_kernels.triton_support import jit, tl, widen
 
 
 @jit
+def offsets(pixels, c, C, P, CHANNELS_LAST: tl.constexpr):
+    """Give where in a sample, which lies either way, pixels and channels are."""
+    between_pixels, between_channels = (C, 1) if CHANNELS_LAST else (1, P)
+    return pixels[:, None] * between_pixels + c[None, :] * between_channels
+
+
+@jit
 def _load(
     x, residual, n, c, pixels, last, C, P, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
     """Give x + residual [pixels, channels], offsets in the sample and mask. A batch, not a sample, may pass 2**31."""
-    between_pixels, between_channels = (C, 1) if CHANNELS_LAST else (1, P)
-    at = pixels[:, None] * between_pixels + c[None, :] * between_channels
+    at = offsets(pixels, c, C, P, CHANNELS_LAST)
     mask = (pixels[:, None] < last) & (c[None, :] < C)
     h = widen(tl.load(x + n * C * P + at, mask, 0.0))
     if RESIDUAL == "full":
@@ -54,23 +60,35 @@ def _store_stats(stats, n, group, mean, low, rstd, GROUPS: tl.constexpr):
 
 
 @jit
-def group_kernel(
-    x, residual, weight, bias, out, stats, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
+def whole_group(
+    x, residual, weight, bias, stats, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A whole group in one block: grid (groups, n)."""
+    """Give the outputs of this block's group, their sample, pixels, channels and mask: grid (groups, n)."""
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    inside = tl.arange(0, CHANNELS)
+    inside, pixels = tl.arange(0, CHANNELS), tl.arange(0, PIXELS)
     c = tl.where(inside < C // GROUPS, group * (C // GROUPS) + inside, C)
-    h, at, mask = _load(x, residual, n, c, tl.arange(0, PIXELS), P, C, P, RESIDUAL, CHANNELS_LAST)
+    h, _, mask = _load(x, residual, n, c, pixels, P, C, P, RESIDUAL, CHANNELS_LAST)
     count = (C // GROUPS * P).to(h.dtype)
     mean = tl.sum(tl.where(mask, h, 0.0)) / count
     low = tl.sum(tl.where(mask, h - mean, 0.0)) / count
     centred = tl.where(mask, (h - mean) - low, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred) / count + eps)
     _, z, gate = _affine(centred * rstd, weight, bias, c, C, SILU)
-    tl.store(out + n * C * P + at, z * gate, mask)
     _store_stats(stats, n, group, mean, low, rstd, GROUPS)
+    return z * gate, n, pixels, c, mask
+
+
+@jit
+def group_kernel(
+    x, residual, weight, bias, out, stats, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A whole group in one block: grid (groups, n)."""
+    values, n, pixels, c, mask = whole_group(
+        x, residual, weight, bias, stats, C, P, eps, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS
+    )  # fmt: skip
+    tl.store(out + n * C * P + offsets(pixels, c, C, P, CHANNELS_LAST), values, mask)
 
 
 @jit
@@ -125,19 +143,36 @@ def merge_kernel(pieces, stats, C, P, SPAN, splits, eps, GROUPS: tl.constexpr, B
 
 
 @jit
+def tile(
+    x, residual, weight, bias, stats, C, P, GROUPS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BACKWARDS: tl.constexpr,
+):  # fmt: skip
+    """Give the outputs of this block's tile, their sample, pixels, channels and mask: grid (pixels, channels, n).
+
+    BACKWARDS where the pass before went forwards, as what was read last is still in the cache.
+    """
+    block, n = tl.program_id(0), tl.program_id(2)
+    if BACKWARDS:
+        block, n = tl.num_programs(0) - 1 - block, tl.num_programs(2) - 1 - n
+    n = n.to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    pixels = block * PIXELS + tl.arange(0, PIXELS)
+    h, _, mask = _load(x, residual, n, c, pixels, P, C, P, RESIDUAL, CHANNELS_LAST)
+    normed, _ = _norm(h, stats, n, c, C, GROUPS)
+    _, z, gate = _affine(normed, weight, bias, c, C, SILU)
+    return z * gate, n, pixels, c, mask
+
+
+@jit
 def apply_kernel(
     x, residual, weight, bias, stats, out, C, P, GROUPS: tl.constexpr, SILU: tl.constexpr,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise a tile: grid (pixels, channels, n), backwards, as what was read last is still in the cache."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    n = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    pixels = block * PIXELS + tl.arange(0, PIXELS)
-    h, at, mask = _load(x, residual, n, c, pixels, P, C, P, RESIDUAL, CHANNELS_LAST)
-    normed, _ = _norm(h, stats, n, c, C, GROUPS)
-    _, z, gate = _affine(normed, weight, bias, c, C, SILU)
-    tl.store(out + n * C * P + at, z * gate, mask)
+    """Normalise a tile, after a pass that read forwards: grid (pixels, channels, n)."""
+    values, n, pixels, c, mask = tile(
+        x, residual, weight, bias, stats, C, P, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS, True
+    )  # fmt: skip
+    tl.store(out + n * C * P + offsets(pixels, c, C, P, CHANNELS_LAST), values, mask)
 
 
 @jit

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tintype_kernels import native as extension
+from tintype_kernels.layout import memory_format
 from tintype_kernels.ops import group_norm_kernels as kernels
 from tintype_kernels.torch_op import (
     TorchOp,
     check,
     check_floating,
-    memory_format,
     public,
     wide,
 )
@@ -80,12 +80,12 @@ def _grouped(x: Tensor, groups: int, residual: Tensor | None = None) -> Tensor:
     return h.reshape(len(x), groups, x.shape[1] // groups, -1)
 
 
-class _Plan:
+class Plan:
     """How one sample is cut up. Nothing here depends on the batch, so neither do the bits."""
 
     def __init__(self, x: Tensor, groups: int, residual: Tensor | None) -> None:
         n, C, H, W = x.shape
-        self.C, self.P = C, H * W
+        self.C, self.P, self.groups = C, H * W, groups
         layout = memory_format(x)
         self.x = x.contiguous(memory_format=layout)
         kind, self.residual = "none", self.x
@@ -94,6 +94,14 @@ class _Plan:
             own = layout if kind == "full" else torch.contiguous_format
             self.residual = residual.contiguous(memory_format=own)
         self.layout = {"RESIDUAL": kind, "CHANNELS_LAST": layout == torch.channels_last}
+        # How a block holds a whole group, if it can.
+        pixels, channels = power_of_two(self.P), power_of_two(C // groups)
+        self.whole = {
+            "PIXELS": pixels,
+            "CHANNELS": channels,
+            "num_warps": max(4, pixels * channels // 1024),
+        }
+        self.fits = pixels * channels <= ON_CHIP
         # Channels-last reads 64 channels in a row, contiguous as many pixels as a tile holds.
         channels = 64 if layout == torch.channels_last else ceil_div(TILE, power_of_two(self.P))
         channels = min(channels, power_of_two(C))
@@ -108,26 +116,27 @@ class _Plan:
         self.merge = {"BLOCK": pieces, "num_warps": 4 if pieces <= TILE else 16}
 
 
+def measure(plan: Plan, stats: Tensor, eps: float) -> None:
+    """Statistics of groups that are split over blocks."""
+    n, groups, sizes = len(plan.x), plan.groups, (plan.C, plan.P, plan.span)
+    pieces = stats.new_empty(n, 3, plan.C, plan.splits)
+    kernels.pieces_kernel[plan.spans](plan.x, plan.residual, pieces, *sizes, **plan.tile)
+    kernels.merge_kernel[groups, n](pieces, stats, *sizes, plan.splits, eps, groups, **plan.merge)
+
+
 def _triton_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, stats = _empty_outputs(x, weight, bias, groups)
-    plan = _Plan(x, groups, residual)
-    n, C, P = len(x), plan.C, plan.P
-    inputs, affine = (plan.x, plan.residual), (weight.contiguous(), bias.contiguous())
-    pixels, channels = power_of_two(P), power_of_two(C // groups)
-    if pixels * channels <= ON_CHIP:
-        kernels.group_kernel[groups, n](
-            *inputs, *affine, out, stats, C, P, eps, groups, silu, **plan.layout, PIXELS=pixels, CHANNELS=channels,
-            num_warps=max(4, pixels * channels // 1024),
-        )  # fmt: skip
+    plan = Plan(x, groups, residual)
+    inputs = (plan.x, plan.residual, weight.contiguous(), bias.contiguous())
+    if plan.fits:
+        kernels.group_kernel[groups, len(x)](
+            *inputs, out, stats, plan.C, plan.P, eps, groups, silu, **plan.layout, **plan.whole
+        )
         return out, stats
-    pieces = stats.new_empty(n, 3, C, plan.splits)
-    kernels.pieces_kernel[plan.spans](*inputs, pieces, C, P, plan.span, **plan.tile)
-    kernels.merge_kernel[groups, n](
-        pieces, stats, C, P, plan.span, plan.splits, eps, groups, **plan.merge
-    )
-    kernels.apply_kernel[plan.tiles](*inputs, *affine, stats, out, C, P, groups, silu, **plan.tile)
+    measure(plan, stats, eps)
+    kernels.apply_kernel[plan.tiles](*inputs, stats, out, plan.C, plan.P, groups, silu, **plan.tile)
     return out, stats
 
 
@@ -135,7 +144,7 @@ def _triton_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, silu: bool, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dweight, dbias = _empty_gradients(grad, x, weight, bias)
-    plan, n, groups = _Plan(x, stats.shape[-1], residual), len(x), stats.shape[-1]
+    plan, n, groups = Plan(x, stats.shape[-1], residual), len(x), stats.shape[-1]
     sums, means = stats.new_empty(n, 2, plan.C, plan.splits), stats.new_empty(n, 2, groups)
     weight, bias = weight.contiguous(), bias.contiguous()
     tensors = (
@@ -170,9 +179,12 @@ def _native_obstacle(x: Tensor, *_: Any) -> str:
 def _empty_outputs(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    """out, and [n, 3, groups]: mean, what the mean lost in rounding, inverse standard deviation."""
-    out = torch.empty_like(x, memory_format=memory_format(x))
-    return out, x.new_empty(x.shape[0], 3, groups, dtype=wide(x).dtype)
+    return torch.empty_like(x, memory_format=memory_format(x)), empty_stats(x, groups)
+
+
+def empty_stats(x: Tensor, groups: int) -> Tensor:
+    """[n, 3, groups]: mean, what the mean lost in rounding, inverse standard deviation."""
+    return x.new_empty(x.shape[0], 3, groups, dtype=wide(x).dtype)
 
 
 def _empty_gradients(
@@ -220,6 +232,15 @@ def group_norm_silu(
 
     `residual` has x's shape or is [n, c, 1, 1]; `silu=False` leaves it at the norm.
     """
+    check_arguments(x, weight, bias, groups, residual)
+    out: Tensor = FORWARD(x, weight, bias, groups, eps, silu, residual)[0]
+    return out
+
+
+def check_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, residual: Tensor | None
+) -> None:
+    """Refuse what does not fit x [n, c, h, w]."""
     check_floating("x", x, 4)
     n, c = x.shape[:2]
     if groups < 1 or c % groups:
@@ -229,14 +250,13 @@ def group_norm_silu(
     if residual is not None:
         spread = tuple(residual.shape[2:]) != (1, 1)
         check("residual", residual, tuple(x.shape) if spread else (n, c, 1, 1), x)
-    out: Tensor = FORWARD(x, weight, bias, groups, eps, silu, residual)[0]
-    return out
 
 
 # Channels and side of norms in each model's denoiser and in the latent decoder that all share.
 _SIZES = {
     "SD1.5 512, 320 x 64": (320, 64),
     "SD1.5 512, 1280 x 16": (1280, 16),
+    "SD1.5 512, 2560 x 8": (2560, 8),  # the largest that fits on chip
     "SDXL 1024, 320 x 128": (320, 128),
     "SDXL 1024, 1280 x 32": (1280, 32),
     "decoder 1024, 512 x 128": (512, 128),

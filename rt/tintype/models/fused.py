@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tintype_kernels.scheduler_step import Row, reference
 
 if TYPE_CHECKING:
-    from tintype_kernels import QuantizedRows
+    from tintype_kernels import QuantizedPictures, QuantizedRows
 
 _EPS = 1e-6  # of the norms in flow transformers
 # Elements of a norm on a CPU below which PyTorch's operators are done before our op, in Python, is reached.
@@ -31,13 +31,23 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def group_norm(
-    norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, residual: Tensor | None = None
-) -> Tensor:
+    norm: nn.GroupNorm,
+    x: Tensor,
+    *,
+    silu: bool = False,
+    residual: Tensor | None = None,
+    readers: Readers = (),
+) -> Tensor | QuantizedPictures:
     """The norm of x + residual, x [n, c, h, w] and residual [n, c, 1, 1], and its SiLU where asked for."""
+    given = (x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, residual)
+    if _take_pictures(x, readers):
+        from tintype_kernels.ops.group_norm_silu_quantized import group_norm_silu_quantized
+
+        return group_norm_silu_quantized(*given, readers[0].input_scale)
     if _serves(x) or _on_cpu(x):
         from tintype_kernels.ops.group_norm_silu import group_norm_silu
 
-        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, residual)
+        return group_norm_silu(*given)
     normed = norm(x if residual is None else x + residual)
     return F.silu(normed) if silu else normed
 
@@ -166,6 +176,16 @@ def _codes_for(x: Tensor, readers: Readers) -> str:
         return ""
     codes = {getattr(reader, "input_codes", "") for reader in readers}
     return codes.pop() if len(codes) == 1 else ""
+
+
+def _take_pictures(x: Tensor, readers: Readers) -> bool:
+    """Whether all readers take pictures like x in codes, on one scale for all or on each sample's own."""
+
+    def takes(reader: nn.Module) -> bool:
+        asked = getattr(reader, "takes_codes", None)
+        return asked is not None and asked(x) and reader.input_scale is readers[0].input_scale
+
+    return bool(readers) and all(map(takes, readers))
 
 
 def _on_cpu(x: Tensor) -> bool:

@@ -26,9 +26,10 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(group_norm(self.norm1, x, silu=True))
+        h = self.conv1(group_norm(self.norm1, x, silu=True, readers=[self.conv1]))
         shift = None if time is None else self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(group_norm(self.norm2, h, silu=True, residual=shift))
+        h = group_norm(self.norm2, h, silu=True, residual=shift, readers=[self.conv2])
+        h = self.conv2(h)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 

@@ -25,6 +25,7 @@ from tintype_kernels.ops.int4_linear import int4_linear
 from tintype_kernels.ops.int8_conv2d import int8_conv2d
 from tintype_kernels.ops.int8_linear import int8_linear
 from tintype_kernels.ops.quantise import Fp8Weight, Int4Weight, Int8Weight, dequantize
+from tintype_kernels.ops.quantised_pictures import QuantizedPictures
 from tintype_kernels.ops.quantised_rows import QuantizedRows
 
 GROUPS = (32, 64, 128)
@@ -32,11 +33,11 @@ GROUPS = (32, 64, 128)
 LARGEST_CODE = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 _INPUT_RANGE = {"int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
 _ACTIVATIONS = ("none", "static", "dynamic")
-# The layers that pictures, texts and times come in by, and that the prediction leaves by, under their published names:
-# little work, and all the others depend on them.
+# The layers that pictures, latents, texts and times come in by, and that the prediction or the picture leaves by, under
+# their published names: little work, and all the others depend on them.
 _GATES = (
     "conv_in", "conv_out", "time_embedding", "add_embedding", "pos_embed", "x_embedder", "context_embedder",
-    "time_text_embed", "norm_out", "proj_out",
+    "time_text_embed", "norm_out", "proj_out", "post_quant_conv",
 )  # fmt: skip
 _TIME = "time_emb_proj"  # of every residual block: one row of work
 # A latent UNet's self-attention, whose queries and keys go from these layers into their product as they are.
@@ -267,16 +268,28 @@ class QuantisedConv2d(_Quantised):
         self.geometry = {
             name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")
         }
+        self._sides = _square(self.geometry)
 
-    def forward(self, x: Tensor) -> Tensor:
-        sides = _square(self.geometry)
-        if self._has_kernel and self.weight is None and sides is not None:
-            qw = Int8Weight(self.codes, self.weight_scale)
-            how = {**sides, "input_scale": self.input_scale}
-            if prefers_int8_conv2d(x, qw, self.bias, **how):
-                return int8_conv2d(x, qw, self.bias, **how)
+    def takes_codes(self, x: Tensor) -> bool:
+        """Whether the op before may give what is like x in codes: where our kernel runs for it."""
+        known = self._has_kernel and self.weight is None and self._sides is not None
+        return known and prefers_int8_conv2d(x, self._kernels, self.bias, **self._how)
+
+    def forward(self, x: Tensor | QuantizedPictures) -> Tensor:
+        if isinstance(x, QuantizedPictures):
+            return int8_conv2d(x, self._kernels, self.bias, **self._sides)
+        if self.takes_codes(x):
+            return int8_conv2d(x, self._kernels, self.bias, **self._how)
         x = self._input(x)
         return F.conv2d(x, self._weight(x.dtype), self.bias, **self.geometry)
+
+    @property
+    def _kernels(self) -> Int8Weight:
+        return Int8Weight(self.codes, self.weight_scale)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {**self._sides, "input_scale": self.input_scale}
 
     @property
     def _has_kernel(self) -> bool:
@@ -314,12 +327,12 @@ def quantisable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def is_inner(name: str, scheme: Scheme) -> bool:
-    """Whether a denoiser's layer is quantised by rule: all but its gates and the times' projections.
+    """Whether a layer of a denoiser, a decoder or a text encoder is quantised by rule: all but gates and times.
 
     What a flow transformer scales and shifts its norms by is a row of work, too, and where its input were rounded
     pictures would suffer; kept in codes by itself it is a quarter of FLUX's weights saved.
     """
-    parts = name.split(".")
+    parts = name.removeprefix("decoder.").split(".")
     modulates = any(part.startswith("norm") for part in parts)
     outside = parts[0] in _GATES or _TIME in parts
     return not outside and not (modulates and scheme.activations != "none")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kernel_checks import norm_error
+from kernel_checks import forced, norm_error
 from tintype.models import fused
 from tintype.models.flux import FluxConfig, FluxTransformer
+from tintype.models.layers import ResnetBlock
 from tintype.models.quantised import (
     QuantisedLinear,
     Scheme,
@@ -168,7 +170,8 @@ def test_norms_and_gates_write_the_codes_that_quantised_layers_read(
     assert writers == {"layer_norm_modulate_quantized"} | gate
     taken = ops_called.count("quantized_rows_linear")
     assert taken > ops_called.count(f"{scheme}_linear") / 2
-    monkeypatch.undo()
+    # All else stays the same, as any difference moves some value across the middle of two codes.
+    monkeypatch.setattr(fused, "_codes_for", lambda x, readers: "")
     with torch.inference_mode():
         output = module(*inputs)
     assert norm_error(fused_output, output) < QUANTISED_GRAPH
@@ -226,6 +229,69 @@ def test_a_convolution_takes_codes_where_that_was_faster(
     codes = layer_codes(torch.nn.Sequential(layer))["0"].codes
     assert codes.is_contiguous()
     assert torch.equal(codes, kept.codes)
+
+
+@pytest.fixture(params=["static", "dynamic"])
+def block(request, monkeypatch):
+    """A residual block whose convolutions behind norms are in int8, where our kernel is preferred, and its inputs."""
+    torch.manual_seed(0)
+    block, layout = ResnetBlock(32, 48, groups=8, eps=1e-5, time_channels=16), torch.channels_last
+    for name in ("conv1", "conv2"):
+        kept = nearest(getattr(block, name).weight.detach(), Scheme("int8", request.param))
+        static = request.param == "static"
+        kept = replace(kept, input_scale=torch.tensor(0.02)) if static else kept
+        setattr(block, name, quantised_layer(getattr(block, name), kept))
+    monkeypatch.setattr("tintype_kernels.ops.int8_conv2d.is_preferred", lambda *_, **__: True)
+    x = torch.randn(2, 32, 9, 8).contiguous(memory_format=layout)
+    return block, (x, torch.randn(2, 16))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_norms_write_the_codes_that_quantised_convolutions_read(
+    block, implementation, ops_called, monkeypatch
+):
+    module, inputs = block
+    with torch.inference_mode(), forced(implementation):
+        fused_output = module(*inputs)
+        assert ops_called == ["group_norm_silu_quantized", "quantized_pictures_conv2d"] * 2
+        ops_called.clear()
+        monkeypatch.setattr(fused, "_take_pictures", lambda x, readers: False)
+        output = module(*inputs)
+    assert ops_called == ["group_norm_silu", "int8_conv2d"] * 2
+    assert torch.equal(fused_output, output)
+    assert fused_output.stride() == output.stride()
+
+
+def test_convolutions_that_want_numbers_get_them(block, ops_called, monkeypatch):
+    """Where gradients are asked for, a weight is tuned, or the library's convolution is the faster one."""
+    module, inputs = block
+    module(*inputs)
+    with torch.inference_mode():
+        module.conv1.tune()
+        module(*inputs)
+        module.conv1.settle()
+        monkeypatch.setattr("tintype_kernels.ops.int8_conv2d.is_preferred", lambda *_, **__: False)
+        module(*inputs)
+    norm, codes = "group_norm_silu", ["group_norm_silu_quantized", "quantized_pictures_conv2d"]
+    assert ops_called == [norm, norm, norm, *codes, norm, norm]
+
+
+def test_readers_take_codes_together_and_on_one_scale(block, ops_called):
+    (module, (x, _)), plain = block, torch.nn.Conv2d(32, 8, 3)
+    first, other = module.conv1, deepcopy(module.conv1)
+    with torch.inference_mode():
+        assert fused._take_pictures(x, [first])
+        assert fused._take_pictures(x, [first, other]) == (first.input_scale is None)
+        assert not fused._take_pictures(x, [first, plain])
+        assert not fused._take_pictures(x, [])
+
+
+def test_an_exported_block_in_codes_holds_no_op_of_ours(block, ops_called):
+    module, inputs = block
+    with torch.no_grad():
+        program = torch.export.export(module, inputs)
+    assert not ops_called
+    assert "tintype" not in program.graph_module.code
 
 
 @pytest.mark.parametrize(
