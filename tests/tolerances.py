@@ -12,8 +12,6 @@ DIFFUSERS_SIGMAS = 1e-6
 RESCALED_SCHEDULE = 1e-6
 # one half ulp of float32 for each of ten operations, relative to their largest term
 KERNEL_STEP = 10 * 2.0**-24
-# Python that one step of the loop may cost beyond the model and the arithmetic
-LOOP_MICROSECONDS = 30
 # a graph of two float32 matrix products, done in another order
 TINY_GRAPH = 1e-5
 # moments of 2**16 normals, five standard errors
@@ -49,6 +47,8 @@ CODE_ROUNDING = 1e-5
 # a layer of normals in 8 and 4 bits beside itself in float32, by the norm: a step's uniform error, 1 / sqrt(12), times
 # some 2.5 deviations over 127 or 7 levels; for e4m3 some 2**-4 / sqrt(12) of each factor
 LINEAR_INT8, LINEAR_INT4, LINEAR_FP8 = 0.015, 0.15, 0.05
+# a layer in int8 whose weights are rounded once more to half as many steps, for CPUs that add products in 16 bits
+LINEAR_7_BITS = 2 * LINEAR_INT8
 # a quantised layer against its graph: float32 sums in another order, and the rare value that lies so near the middle of
 # two codes that either is right, by the norm
 QUANTISED_GRAPH = 2e-3

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tintype
-from tintype.backends.torch import made_safe
+from tintype.backends.torch import made_safe, overflows
 from tintype.bundle import Bundle, describe, save_manifest
 from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.checkpoints.lora_files import Lora
@@ -33,6 +33,7 @@ from .profiles import check_sizes, example_inputs, profiles_of
 from .qdq import OUTPUT_SCALE, quantise_graph
 from .quantisation import Quantised, plan
 from .report import BUDGETS
+from .sensitivity import suspects
 from .storage import Precision, Store, precision, store_weights, stored_bytes, weight_bytes
 from .tensorrt import build_engines, check_gpus
 from .verify import budget_of, require, verify
@@ -115,7 +116,11 @@ def export_bundle(
         bundle = replace(bundle, name=target.name)
         say("verify: against float32 torch")
         report = verify(bundle, checkpoint, "onnxruntime")
-        require(report, budget_of(bundle), quantised.sensitivity if quantised else None)
+        require(
+            report,
+            budget_of(bundle),
+            suspects({name: each.sensitivity for name, each in quantised.items()}),
+        )
         provenance = {**bundle.provenance, "verification": report.as_json()}
         if config.target == "tensorrt":
             graphs = engine_graphs(checkpoint, store, bundle, config, say)
@@ -140,10 +145,11 @@ def write_bundle(
     checkpoint: Checkpoint,
     folder: Path,
     config: ExportConfig,
-    quantised: Quantised | None,
+    quantised: Mapping[str, Quantised],
     say: Say,
 ) -> tuple[Store, Bundle]:
     """Weights and graphs in ``folder``, compared with nothing yet, and what the manifest will say of them."""
+    quantised = _computable(quantised, checkpoint, config)
     store = store_weights(checkpoint, folder, config.kept, quantised)
     stages = _write_graphs(checkpoint, store, folder, config, say)
     files = store.files | {
@@ -151,8 +157,8 @@ def write_bundle(
     }
     bundle = _bundle(checkpoint, config, folder.name)
     provenance = {**bundle.provenance, "source": _source(checkpoint, store)}
-    if quantised is not None:
-        provenance["quantisation"] = quantised.as_json()
+    if quantised:
+        provenance["quantisation"] = {name: each.as_json() for name, each in quantised.items()}
     return store, replace(bundle, folder=folder, stages=stages, files=files, provenance=provenance)
 
 
@@ -188,14 +194,27 @@ def _check_target(config: ExportConfig) -> None:
         check_gpus(config.gpus)
 
 
-def quantisation(checkpoint: Checkpoint, config: ExportConfig, say: Say) -> Quantised | None:
-    """How the denoiser's weights are kept in codes, where they are."""
+def quantisation(checkpoint: Checkpoint, config: ExportConfig, say: Say) -> dict[str, Quantised]:
+    """How the components that are kept in codes are, by name."""
     if not config.kept.quantised:
-        return None
+        return {}
     found = plan(checkpoint, config.precision, config.group, config.calibration, say)
-    for line in found.sensitivity.lines():
-        say(line)
+    for name, each in found.items():
+        for line in each.sensitivity.lines(name):
+            say(line)
     return found
+
+
+def _computable(
+    quantised: Mapping[str, Quantised], checkpoint: Checkpoint, config: ExportConfig
+) -> dict[str, Quantised]:
+    """All but decoders that float16 needs scaled down: their codes are of what float32 saw."""
+    dtype = config.kept.computed
+    return {
+        name: each
+        for name, each in quantised.items()
+        if not overflows(checkpoint.configs[name], dtype)
+    }
 
 
 def engine_graphs(

@@ -1,12 +1,13 @@
-"""What a denoiser's layers see while it draws: inputs of real prompts at real steps of the model's own sampler."""
+"""What the layers of a stage see while a model draws: real prompts, real steps of its own sampler, real latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,12 +30,16 @@ PROMPTS = (
     "a snowy mountain village in winter, watercolour",
 )
 
+# Strong guidance and edits give latents up to twice as large as those of a usual picture, and no norm stands between
+# them and the layers that read what blocks add up to.
+_STRETCHES = (1.0, 2.0)
+
 
 @dataclass(frozen=True)
 class Calibration:
     """Pictures of ``prompts``, ``steps`` each; ``rows`` of each layer's inputs are kept, at random, of all it sees.
 
-    ``shown`` inputs of the whole denoiser are kept, too, spread evenly over the run.
+    ``shown`` inputs of a whole stage are kept, too, spread evenly over the run.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -70,7 +75,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Seen:
-    """The inputs of every layer that was called, by name, and of the denoiser as a whole.
+    """The inputs of every layer of a stage that was called, by name, and of the stage as a whole.
 
     ``factors``: the outputs of the layers whose outputs are multiplied with one another.
     """
@@ -81,38 +86,40 @@ class Seen:
 
 
 def calibrate(
-    checkpoint: Checkpoint, config: Calibration, *, block_by_block: bool
-) -> tuple[Stage, Seen]:
-    """Draw with float32 torch and watch the denoiser; the stage that was watched, and what it saw.
+    checkpoint: Checkpoint, config: Calibration, stages: Collection[str], *, block_by_block: bool
+) -> dict[str, tuple[Stage, Seen]]:
+    """Draw with float32 torch and watch ``stages``, "denoise" or "decode"; each of them, and what it saw.
 
-    With ``block_by_block`` the stage's weights stay in their files, and only one block's are there at a time.
+    With ``block_by_block`` weights stay in their files, and only one block's are there at a time.
     """
     offload = "sequential" if block_by_block else None
     pipe = checkpoint_pipeline(checkpoint, device="cpu", dtype="float32", offload=offload)
     backend = pipe.family.backend
     assert isinstance(backend, TorchBackend)
-    stage = backend.module("denoise")
-    ((_, model),) = stage.named_children()
-    calls = config.steps * len(config.prompts)
-    layers = {name: Sample() for name in quantisable(model)}
-    factors = {name: Sample() for name in layers if is_factor(name)}
-    inputs: list[tuple[Tensor, ...]] = []
-    with _watched(stage, layers, factors, inputs, max(1, config.rows // calls)):
+    drawn = len(config.prompts)
+    calls = {"denoise": config.steps * drawn, "decode": len(_STRETCHES) * drawn}
+    found: dict[str, tuple[Stage, Seen]] = {}
+    with ExitStack() as watches:
+        for name in stages:
+            stage = backend.module(name)
+            rows = max(1, config.rows // calls[name])
+            found[name] = stage, watches.enter_context(_watched(stage, rows))
         for seed, prompt in enumerate(config.prompts):
-            pipe(prompt, seed=seed, num_inference_steps=config.steps, output_type="latent")
-    every = max(1, len(inputs) // config.shown)
-    called = {name: each for name, each in layers.items() if each.parts}
-    return stage, Seen(called, inputs[every // 2 :: every][: config.shown], factors)
+            made = pipe(prompt, seed=seed, num_inference_steps=config.steps, output_type="latent")
+            for stretch in _STRETCHES if "decode" in stages else ():
+                backend.run("decode", "", {"latents": stretch * np.asarray(made.images)})
+    return {name: (stage, _called(seen, config.shown)) for name, (stage, seen) in found.items()}
+
+
+def _called(seen: Seen, shown: int) -> Seen:
+    """What was called at all, and ``shown`` of the stage's inputs."""
+    every = max(1, len(seen.stage) // shown)
+    called = {name: each for name, each in seen.layers.items() if each.parts}
+    return Seen(called, seen.stage[every // 2 :: every][:shown], seen.factors)
 
 
 @contextmanager
-def _watched(
-    stage: Stage,
-    layers: Mapping[str, Sample],
-    factors: Mapping[str, Sample],
-    inputs: list[tuple[Tensor, ...]],
-    rows: int,
-) -> Iterator[None]:
+def _watched(stage: Stage, rows: int) -> Iterator[Seen]:
     """While the block runs, each call adds ``rows`` of every layer's inputs, of factors, and the stage's own."""
 
     def look(seen: Sample) -> Callable[..., None]:
@@ -131,13 +138,14 @@ def _watched(
 
     ((_, model),) = stage.named_children()
     found = quantisable(model)
-    hooks = [found[name].register_forward_pre_hook(look(seen)) for name, seen in layers.items()]
-    hooks += [
-        found[name].register_forward_hook(look_behind(seen)) for name, seen in factors.items()
-    ]
-    hooks.append(stage.register_forward_pre_hook(lambda _, given: inputs.append(given)))
+    seen = Seen(
+        {name: Sample() for name in found}, [], {n: Sample() for n in found if is_factor(n)}
+    )
+    hooks = [found[n].register_forward_pre_hook(look(each)) for n, each in seen.layers.items()]
+    hooks += [found[n].register_forward_hook(look_behind(each)) for n, each in seen.factors.items()]
+    hooks.append(stage.register_forward_pre_hook(lambda _, given: seen.stage.append(given)))
     try:
-        yield
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()

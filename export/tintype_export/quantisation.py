@@ -1,9 +1,10 @@
-"""`--precision int8 | int4 | fp8`: what each means for a denoiser, and its weights written in it, file by file."""
+"""`--precision int8 | int4 | fp8`: what each means for a component, and its weights written in it, file by file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +30,32 @@ _OPTIONAL = ("input_scale", "smoothing", "output_scale")  # of a layer, under th
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What inputs are rounded to where there is calibration, and what the layers' errors may add up to."""
+class Rule:
+    """What a stage's inputs are rounded to where there is calibration, and what its layers' errors may add up to."""
 
     activations: str
     allowed: float
 
 
-# The allowed relative errors of one evaluation keep the picture in the box some 5 dB above its budget.
-KINDS = {
-    "int8": Kind("static", 0.02),
-    "int4": Kind("none", 0.03),
-    "fp8": Kind("static", 0.02),
+# The allowed relative errors of one evaluation keep the picture in the box some 5 dB above its budget. A decoder is
+# a hundredth of a model's weights, and counts by its work, which int4's weights do not make any less.
+RULES = {
+    "int8": {"denoise": Rule("static", 0.02), "decode": Rule("static", 0.01)},
+    "int4": {"denoise": Rule("none", 0.03)},
+    "fp8": {"denoise": Rule("static", 0.02), "decode": Rule("static", 0.01)},
 }
+# Text is read once a picture: encoders count by their bytes, and in int8 their states stay what they are.
+_ENCODER = Scheme("int8")
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """How a denoiser's weights are written: ``rounder`` gives a chosen layer's codes when its weight comes by."""
+    """How a component's weights are written: ``rounder`` gives a chosen layer's codes when its weight comes by."""
 
     scheme: Scheme
     sensitivity: Sensitivity
     rounder: Rounder
-    calibration: Calibration | None
+    calibration: Calibration | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -70,25 +74,37 @@ def plan(
     group: int,
     calibration: Calibration | None,
     say: Say,
-) -> Quantised:
-    """Calibrate, measure, choose; without ``calibration`` weights alone are rounded and a rule chooses."""
-    kind = KINDS[precision]
+) -> dict[str, Quantised]:
+    """How each component that is kept in codes is written, by name; without ``calibration`` decoders are not."""
+    component = partial(stage_component, components=checkpoint.components)
+    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
+    found = {name: _by_weights(checkpoint, name, _ENCODER) for name in encoders}
     if calibration is None:
         scheme = _scheme(precision, "none", group)
-        rounder = _rounder(scheme, Seen({}, []))
-        return Quantised(scheme, by_rule(_skeleton(checkpoint), scheme), rounder, None)
-    scheme = _scheme(precision, kind.activations, group)
+        denoiser = component("denoise")
+        return found | {denoiser: _by_weights(checkpoint, denoiser, scheme)}
+    rules = RULES[precision]
     say(f"calibrate: {len(calibration.prompts)} prompts, {calibration.steps} steps")
-    hollow = _skeleton(checkpoint)
-    large = sum(each.numel() for each in hollow.parameters()) > MOST_MEASURED
-    stage, seen = calibrate(checkpoint, calibration, block_by_block=large)
-    rounder = _rounder(scheme, seen)
-    if large:
-        return Quantised(scheme, by_rule(hollow, scheme, seen.layers), rounder, calibration)
-    say("sensitivity: one layer at a time")
-    return Quantised(
-        scheme, measured(stage, seen, scheme, rounder, kind.allowed), rounder, calibration
-    )
+    size = sum(each.numel() for each in _skeleton(checkpoint, component("denoise")).parameters())
+    large = size > MOST_MEASURED
+    watched = calibrate(checkpoint, calibration, list(rules), block_by_block=large)
+    for stage, rule in rules.items():
+        module, seen = watched.pop(stage)
+        scheme, name = _scheme(precision, rule.activations, group), component(stage)
+        rounder = _rounder(scheme, seen)
+        if large:
+            report = by_rule(_skeleton(checkpoint, name), scheme, seen.layers)
+        else:
+            say(f"sensitivity of {stage}: one layer at a time")
+            report = measured(module, seen, scheme, rounder, rule.allowed)
+        found[name] = Quantised(scheme, report, rounder, calibration)
+    return found
+
+
+def _by_weights(checkpoint: Checkpoint, name: str, scheme: Scheme) -> Quantised:
+    """A component whose weights alone are rounded, its layers chosen by rule."""
+    report = by_rule(_skeleton(checkpoint, name), scheme)
+    return Quantised(scheme, report, _rounder(scheme, Seen({}, [])))
 
 
 def _scheme(weights: str, activations: str, group: int) -> Scheme:
@@ -106,10 +122,9 @@ def _rounder(scheme: Scheme, seen: Seen) -> Rounder:
     return rounded
 
 
-def _skeleton(checkpoint: Checkpoint) -> nn.Module:
-    """The denoiser without its weights."""
+def _skeleton(checkpoint: Checkpoint, name: str) -> nn.Module:
+    """A component without its weights."""
     with torch.device("meta"):
-        name = stage_component("denoise", checkpoint.components)
         return checkpoint.skeleton(name, torch.float32)
 
 

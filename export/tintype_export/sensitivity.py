@@ -1,4 +1,4 @@
-"""Which of a denoiser's layers are quantised, and what each of them by itself does to its output."""
+"""Which of a stage's layers are quantised, and what each of them by itself does to its output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Rounder = Callable[[str, Tensor], LayerCodes]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """``error``: of the denoiser's output with this layer alone quantised, by norm; None where it was not measured."""
+    """``error``: of the stage's output with this layer alone quantised, by norm; None where it was not measured."""
 
     name: str
     stored: str
@@ -56,19 +56,28 @@ class Sensitivity:
         measured = (layer for layer in self.layers if layer.error is not None)
         return sorted(measured, key=lambda layer: -(layer.error or 0.0))
 
-    def suspects(self) -> str:
-        """The quantised layers that do most to the output, as an error names them; empty where none was measured."""
-        kept = [layer for layer in self.ranked() if layer.stored != "high"]
-        return ", ".join(f"{layer.name} ({layer.error:.1e})" for layer in kept[:_SUSPECTS])
-
-    def lines(self, most: int = 12) -> Iterator[str]:
-        """The most sensitive layers, for people."""
+    def lines(self, name: str, most: int = 8) -> Iterator[str]:
+        """The most sensitive layers of the component ``name``, for people."""
         measured = self.ranked()
         high = sum(layer.stored == "high" for layer in self.layers)
-        yield f"{len(self.layers)} layers, {high} kept high, {self.decided}"
+        yield f"{name}: {len(self.layers)} layers, {high} kept high, {self.decided}"
         yield from (
             f"  {layer.name:60}{layer.error:10.1e}  {layer.stored}" for layer in measured[:most]
         )
+
+
+def suspects(found: Mapping[str, Sensitivity]) -> str:
+    """The layers in codes that do most to their stages' outputs, as an error names them; empty where none was measured.
+
+    ``found`` has a component's report by its name.
+    """
+    kept = [
+        (layer.error or 0.0, f"{component}.{layer.name}")
+        for component, report in found.items()
+        for layer in report.ranked()
+        if layer.stored != "high"
+    ]
+    return ", ".join(f"{name} ({error:.1e})" for error, name in sorted(kept)[: -_SUSPECTS - 1 : -1])
 
 
 def quantisable_by_rule(
@@ -84,7 +93,7 @@ def quantisable_by_rule(
 
 
 def by_rule(model: nn.Module, scheme: Scheme, seen: Collection[str] | None = None) -> Sensitivity:
-    """The report of a denoiser in which nothing is measured."""
+    """The report of a component in which nothing is measured."""
     chosen = set(quantisable_by_rule(model, scheme, seen))
     return Sensitivity(
         "by rule",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.files import PICKLES, Weights
 from tintype.checkpoints.weights import stored_type
 from tintype.errors import RequestError
-from tintype.models.stages import stage_component
 
 from .graphs import StoredTensor, stored_tensors
 from .quantisation import HIGH, Quantised, write_quantised
@@ -31,7 +31,7 @@ Files = dict[str, dict[str, Any]]
 class Precision:
     """What weights are stored in (None: as they are) and what a graph's products are written in.
 
-    ``quantised``: so are the other components, and the few of the denoiser's layers that are not kept in codes.
+    ``quantised``: so is what is not kept in codes, few layers of some components and all of others.
     bfloat16 is stored and not written: opset 20 has no bfloat16 convolution. A runtime that computes in it does so by
     its own setting, and the others widen the weights when they load them.
     """
@@ -75,9 +75,12 @@ def precision(name: str, target: str = "onnx") -> Precision:
 
 
 def store_weights(
-    checkpoint: Checkpoint, root: Path, kept: Precision, quantised: Quantised | None = None
+    checkpoint: Checkpoint,
+    root: Path,
+    kept: Precision,
+    quantised: Mapping[str, Quantised] = MappingProxyType({}),
 ) -> Store:
-    """Write the checkpoint's weights, tokenizers and terms into ``root``."""
+    """Write the checkpoint's weights, those of ``quantised`` in codes, tokenizers and terms into ``root``."""
     if kept.stored is None and checkpoint.source.is_dir():
         return _copied(checkpoint, root)
     texts = [*checkpoint.tokenizer_folders, *_terms(checkpoint.source)]
@@ -85,9 +88,9 @@ def store_weights(
     tensors = {}
     for name in checkpoint.components:
         part = checkpoint.components[name]
-        if quantised is not None and name == stage_component("denoise", checkpoint.components):
+        if name in quantised:
             written = write_quantised(
-                part.weights, root / f"weights/{name}", quantised, kept.computed
+                part.weights, root / f"weights/{name}", quantised[name], kept.computed
             )
         else:
             # In its stored type it stays in its files, whatever its size.

@@ -24,7 +24,6 @@ from tintype.pipeline import Pipeline
 from .profiles import example_inputs
 from .quality import psnr, ssim
 from .report import BUDGETS, Budget, PictureReport, Report, StageReport
-from .sensitivity import Sensitivity
 
 # What pictures are asked for with when the judge reads them, as when the model in the box was measured.
 _READ = {"num_inference_steps": 20, "scheduler": "dpmpp_2m", "guidance_scale": 4.0}
@@ -79,12 +78,11 @@ def budget_of(bundle: Bundle) -> Budget:
     return Budget(float(asked), usual.stage_error)
 
 
-def require(report: Report, budget: Budget, sensitivity: Sensitivity | None) -> None:
-    """Raises BundleError where the report is over budget: the stage at fault, and where it is quantised the layers."""
+def require(report: Report, budget: Budget, suspects: str = "") -> None:
+    """Raises BundleError where the report is over budget: the stage at fault, and the layers that are suspected."""
     if not (faults := report.faults(budget)):
         return
-    suspects = sensitivity.suspects() if sensitivity else ""
-    layers = f"; layers in codes that do most to the denoiser: {suspects}" if suspects else ""
+    layers = f"; layers in codes that do most to their stages: {suspects}" if suspects else ""
     raise BundleError("; ".join(faults[:2]) + layers)
 
 

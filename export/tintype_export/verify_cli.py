@@ -61,8 +61,12 @@ def _sensitivity_lines(bundle: Bundle) -> list[str]:
     """What export found of a quantised bundle's layers."""
     from .sensitivity import Sensitivity
 
-    said = bundle.provenance.get("quantisation")
-    return [] if said is None else list(Sensitivity.from_json(said["sensitivity"]).lines())
+    said = bundle.provenance.get("quantisation", {})
+    return [
+        line
+        for name, each in said.items()
+        for line in Sensitivity.from_json(each["sensitivity"]).lines(name)
+    ]
 
 
 def _checkpoint_folder(bundle: Path, against: str | None) -> Path:

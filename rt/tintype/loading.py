@@ -158,12 +158,14 @@ def bundle_pipeline(
         raise RequestError(
             f"execution={execution!r} is for checkpoints on torch, 'graph' for tensorrt-rtx's engines too; leave it out"
         )
-    if loras := _loras(lora):
+    kind = _bundle_backend(name)
+    fewer = _fewer_codes(kind, bundle, **options)
+    if (loras := _loras(lora)) or fewer:
         from tintype.backends.updated_weights import UpdatedWeights
 
-        options["updated"] = UpdatedWeights(bundle, loras)
+        options["updated"] = UpdatedWeights(bundle, loras, **fewer)
     family = LatentDiffusion(
-        backend=_bundle_backend(name)(bundle, **options),
+        backend=kind(bundle, **options),
         tokenizers=open_tokenizers(
             bundle.family,
             bundle.stages,
@@ -175,6 +177,16 @@ def bundle_pipeline(
         kind=bundle.family,
     )
     return Pipeline(bundle.name, family, reason)
+
+
+def _fewer_codes(
+    kind: Callable[..., Backend], bundle: Bundle, device: str = "auto", **_: Any
+) -> dict[str, int]:
+    """What codes are rounded to where the backend cannot add products of larger ones."""
+    if bundle.precision != "int8" or not hasattr(kind, "largest_code"):
+        return {}
+    largest: int | None = kind.largest_code(device)
+    return {} if largest is None else {"largest_code": largest}
 
 
 def _bundle_backend(name: str) -> Callable[..., Backend]:

@@ -44,7 +44,7 @@ def watch():
         time.sleep(0.02)
 
 checkpoint = open_checkpoint(Path(sys.argv[1]))
-quantised = plan(checkpoint, "int4", 64, None, print)
+quantised = plan(checkpoint, "int4", 64, None, print)["transformer"]
 before, begin = held(), time.perf_counter()
 seen = [before]
 threading.Thread(target=watch, daemon=True).start()

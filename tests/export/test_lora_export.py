@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import tintype
 from small_checkpoints import save_smallest
@@ -140,10 +140,7 @@ def test_codes_are_rounded_anew_on_scales_of_their_own(checkpoint, bundle_in, up
     file = folder / "weights/unet.safetensors"
     model = open_checkpoint(checkpoint).component("unet")
     before = read_layers(file, model)
-    written = bytearray(file.read_bytes())
-    begins, changed = updated.stretches["weights/unet.safetensors"]
-    for begin, new in zip(begins, changed, strict=True):
-        written[begin : begin + len(new)] = new.tobytes()
+    written = rewritten(file, updated.stretches["weights/unet.safetensors"])
     (again := folder.parent / "again.safetensors").write_bytes(written)
     after = read_layers(again, model)
     tensors = load_file(update)
@@ -160,6 +157,38 @@ def test_codes_are_rounded_anew_on_scales_of_their_own(checkpoint, bundle_in, up
         scale = after[layer].weight_scale.double()[:, None]
         assert ((after[layer].weight().flatten(1) - expected).abs() <= 0.5001 * scale).all()
         assert (after[layer].codes.flatten(1).abs().amax(1) == 127).all()
+
+
+def test_codes_are_halved_for_cpus_that_add_them_in_16_bits_where_they_are_added(bundle_in):
+    folder = bundle_in("int8")
+    updated = UpdatedWeights(open_bundle(folder), largest_code=64)
+    before = {file: load_file(folder / file) for file in updated.stretches}
+    assert before.keys() == {"weights/unet.safetensors", "weights/vae.safetensors"}
+    for file, tensors in before.items():
+        after = load(rewritten(folder / file, updated.stretches[file]))
+        layers = [n.removesuffix(".input_scale") for n in tensors if n.endswith(".input_scale")]
+        assert layers
+        for layer in layers:
+            old, new = (
+                t[f"{layer}.weight"].flatten(1) * t[f"{layer}.weight_scale"][:, None]
+                for t in (tensors, after)
+            )
+            assert after[f"{layer}.weight"].abs().max() <= 64
+            assert ((new - old).abs() <= 0.5001 * after[f"{layer}.weight_scale"][:, None]).all()
+        keys = {n for n in tensors if n.endswith("to_k.output_scale")}
+        for name in keys:
+            assert float(after[name] / tensors[name]) == pytest.approx(127 / 64)
+        touched = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "weight_scale")}
+        for name in tensors.keys() - touched - keys:
+            assert torch.equal(after[name], tensors[name])
+
+
+def rewritten(file, stretches):
+    """A file's bytes with what stands in the place of some."""
+    written = bytearray(file.read_bytes())
+    for begin, new in zip(*stretches, strict=True):
+        written[begin : begin + len(new)] = new.tobytes()
+    return bytes(written)
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it():

@@ -22,7 +22,7 @@ from tintype.errors import BundleError, RequestError
 from tintype.models.quantised import Scheme, nearest, quantisable, replace_layers
 from tintype.models.stages import Stage
 from tintype_export import bundle as exporting
-from tintype_export import profiles, quantisation
+from tintype_export import profiles, quantisation, verify
 from tintype_export.bundle import ExportConfig, export_bundle
 from tintype_export.calibration import Calibration, Seen
 from tintype_export.quality import psnr
@@ -34,14 +34,16 @@ from tintype_export.sensitivity import (
     by_rule,
     layer_errors,
     measured,
+    suspects,
     worst,
 )
-from tintype_export.verify import require
 from tolerances import STAGE_FP32
 
 SETTINGS = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 SETTINGS |= {"width": 16, "height": 16}
-PROMPTS = Calibration(("red", "the red"), steps=2, rows=64, shown=2)
+# As many steps as are compared: what a random model draws grows with every one of them.
+STEPS = SETTINGS["num_inference_steps"]
+PROMPTS = Calibration(("red", "the red"), steps=STEPS, rows=64, shown=2)
 
 
 def make_config(precision, **changes):
@@ -61,6 +63,7 @@ def exported(request, source, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "trace", remembered_trace)
         patch.setattr(exporting, "profiles_of", lambda *_: GUIDED)
+        patch.setattr(verify, "_STEPS", STEPS)
         return export_bundle(source, folder / "bundle", make_config(request.param)), request.param
 
 
@@ -74,32 +77,77 @@ def test_pictures_are_true_to_float32_within_the_budget(source, exported, backen
     assert BUDGETS[precision].psnr_db < psnr(actual, expected) < 90
 
 
-def test_weights_take_the_bytes_that_their_bits_say(source, exported):
+# The codes of each component, by the bundle's: a decoder counts by its work, an encoder by its bytes.
+CODES = {
+    "int8": {"unet": "int8", "vae": "int8", "text_encoder": "int8"},
+    "int4": {"unet": "int4", "text_encoder": "int8"},
+    "fp8": {"unet": "fp8", "vae": "fp8", "text_encoder": "int8"},
+}
+FILES = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+
+def ours(name, tensors):
+    """The name of a published weight among a bundle's, which have CLIP's prefix in any case."""
+    return name if name in tensors else f"text_model.{name}"
+
+
+@pytest.mark.parametrize("component", FILES)
+def test_weights_take_the_bytes_that_their_bits_say(source, exported, component):
     folder, precision = exported
-    tensors = load_file(folder / "weights/unet.safetensors")
-    floats = load_file(source / "unet/diffusion_pytorch_model.safetensors")
+    tensors = load_file(folder / f"weights/{component}.safetensors")
+    published = load_file(source / component / f"{FILES[component]}.safetensors")
+    floats = {ours(name, tensors): each for name, each in published.items()}
     layers = [name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")]
-    assert len(layers) > 20
-    bits = {"int8": 8, "int4": 4, "fp8": 8}[precision]
+    codes = CODES[precision].get(component)
+    least = {"unet": 20, "vae": 15, "text_encoder": 6}[component] if codes else 0
+    assert len(layers) >= least
+    bits = {"int8": 8, "int4": 4, "fp8": 8, None: 0}[codes]
     for name in layers:
         assert 8 * tensors[name].nbytes == bits * floats[name].numel()
-    assert {tensors[name].dtype for name in floats.keys() - set(layers)} == {torch.float16}
+    assert {tensors[name].dtype for name in tensors.keys() & floats.keys() - set(layers)} == {
+        torch.float16
+    }
     stored = {path.name for path in (folder / "weights").iterdir()}
-    assert stored == {"text_encoder.safetensors", "unet.safetensors", "vae.safetensors"}
+    assert stored == {f"{name}.safetensors" for name in FILES}
 
 
 def test_the_report_says_what_each_layer_alone_does(exported):
     folder, precision = exported
-    said = json.loads((folder / "bundle.json").read_text())["provenance"]["quantisation"]
-    assert said["weights"] == precision
-    assert said["activations"] == ("none" if precision == "int4" else "static")
-    assert said["calibration"]["prompts"] == list(PROMPTS.prompts)
-    layers = {row["name"]: row for row in said["sensitivity"]["layers"]}
-    tensors = load_file(folder / "weights/unet.safetensors")
-    for name, row in layers.items():
-        assert (row["stored"] == precision) == (f"{name}.weight_scale" in tensors)
-        assert row["stored"] == "high" or 0 < row["error"] < 1
-    assert layers["conv_in"] == {"name": "conv_in", "stored": "high", "error": None}
+    reports = json.loads((folder / "bundle.json").read_text())["provenance"]["quantisation"]
+    assert {name: each["weights"] for name, each in reports.items()} == CODES[precision]
+    for component, said in reports.items():
+        watched = component != "text_encoder"
+        assert said["activations"] == ("static" if watched and precision != "int4" else "none")
+        tensors = load_file(folder / f"weights/{component}.safetensors")
+        for row in said["sensitivity"]["layers"]:
+            kept = f"{row['name']}.weight_scale" in tensors
+            assert (row["stored"] == said["weights"]) == kept
+            assert not kept or not watched or 0 < row["error"] < 1
+        if watched:
+            assert said["calibration"]["prompts"] == list(PROMPTS.prompts)
+    gates = {"unet": "conv_in", "vae": "decoder.conv_out"}
+    for component in gates.keys() & reports.keys():
+        report = {"name": gates[component], "stored": "high", "error": None}
+        assert report in reports[component]["sensitivity"]["layers"]
+
+
+def test_of_an_autoencoder_the_decoders_inner_layers_alone_are_in_codes(exported):
+    folder, precision = exported
+    codes = {
+        name.removesuffix(".weight_scale")
+        for name in load_file(folder / "weights/vae.safetensors")
+        if name.endswith(".weight_scale")
+    }
+    assert bool(codes) == (precision != "int4")
+    assert all(name.startswith("decoder.") for name in codes)
+    assert not codes & {"decoder.conv_in", "decoder.conv_out"}
+    graph = onnx.load(folder / "decode/16x16-b1.onnx", load_external_data=False).graph
+    rounded = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(rounded) >= 0.8 * len(codes)  # layers that read one value share its codes
 
 
 def test_queries_and_keys_of_int8_are_multiplied_as_codes(exported):
@@ -206,7 +254,9 @@ def test_without_measurement_a_rule_keeps_the_gates_high(source):
 
 def test_without_calibration_weights_alone_are_in_codes(source, tmp_path):
     checkpoint = open_checkpoint(source)
-    found = plan(checkpoint, "int8", 64, None, print)
+    plans = plan(checkpoint, "int8", 64, None, print)
+    assert plans.keys() == {"unet", "text_encoder"}
+    found = plans["unet"]
     assert (found.scheme, found.sensitivity.decided) == (Scheme("int8"), "by rule")
     unet = checkpoint.components["unet"].weights
     (path,) = write_quantised(unet, tmp_path / "unet", found, torch.float32)
@@ -220,7 +270,7 @@ def test_a_sharded_checkpoint_is_written_shard_by_shard(source, tmp_path, monkey
     for number in range(3):
         shards.append(tmp_path / f"shard{number}.safetensors")
         save_file({name: tensors[name] for name in names[number::3]}, shards[-1])
-    found = plan(open_checkpoint(source), "int4", 32, None, print)
+    found = plan(open_checkpoint(source), "int4", 32, None, print)["unet"]
     held = []
     saved = quantisation.save_tensors
     monkeypatch.setattr(
@@ -250,6 +300,7 @@ def test_engines_are_built_of_codes_and_float16(source, tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(exporting, "trace", remembered_trace)
     monkeypatch.setattr(exporting, "profiles_of", lambda *_: GUIDED)
+    monkeypatch.setattr(verify, "_STEPS", STEPS)
     config = make_config("int8", target="tensorrt", gpus=("sm_89",), plain=True)
     bundle = open_bundle(export_bundle(source, tmp_path / "bundle", config))
     (engine,) = bundle.engines["sm_89"]["stages"]["denoise"].values()
@@ -273,8 +324,8 @@ def test_the_report_lists_the_most_sensitive_layers_first():
         LayerReport("b", "high", 0.5),
         LayerReport("c", "high"),
     ]
-    head, *rows = Sensitivity("measured", layers).lines()
-    assert head == "3 layers, 2 kept high, measured"
+    head, *rows = Sensitivity("measured", layers).lines("unet")
+    assert head == "unet: 3 layers, 2 kept high, measured"
     assert [row.split()[0] for row in rows] == ["b", "a"]
     found = Sensitivity("measured", layers)
     assert Sensitivity.from_json(json.loads(json.dumps(found.as_json()))) == found
@@ -282,8 +333,15 @@ def test_the_report_lists_the_most_sensitive_layers_first():
 
 def test_a_bundle_over_budget_names_the_layers_in_codes_that_do_most():
     layers = [("a", "int8", 0.02), ("b", "high", 0.3), ("c", "int8", 0.1), ("d", "int8", None)]
-    sensitivity = Sensitivity("measured", [LayerReport(*layer) for layer in layers])
+    unet = Sensitivity("measured", [LayerReport(*layer) for layer in layers])
+    vae = Sensitivity("measured", [LayerReport("e", "int8", 0.05)])
+    by_weights = Sensitivity("by rule", [LayerReport("f", "int8", None)])
+    found = suspects({"text_encoder": by_weights, "vae": vae, "unet": unet})
+    assert suspects({"text_encoder": by_weights}) == ""
     stage = StageReport("denoise", "16x16-b1", ["float32"], 0.9, 0.5, 1.0, "model_output[0]", True)
     report = Report("onnxruntime", "int8", "float32", "torch", [stage], None)
-    with pytest.raises(BundleError, match=r"stage denoise .*do most .*: c \(1.0e-01\), a \(2"):
-        require(report, BUDGETS["int8"], sensitivity)
+    with pytest.raises(
+        BundleError,
+        match=r"stage denoise .*do most .*: unet.c \(1.0e-01\), vae.e \(5.0e-02\), unet.a \(2",
+    ):
+        verify.require(report, BUDGETS["int8"], found)

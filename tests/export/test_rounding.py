@@ -41,19 +41,20 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibrated(checkpoint):
-    return calibrate(checkpoint, CONFIG, block_by_block=False)
+    return calibrate(checkpoint, CONFIG, ["denoise", "decode"], block_by_block=False)
 
 
-def test_calibration_block_by_block_sees_the_same(checkpoint, calibrated):
-    _, expected = calibrated
-    _, found = calibrate(checkpoint, CONFIG, block_by_block=True)
+@pytest.mark.parametrize("name", ["denoise", "decode"])
+def test_calibration_block_by_block_sees_the_same(checkpoint, calibrated, name):
+    _, expected = calibrated[name]
+    _, found = calibrate(checkpoint, CONFIG, [name], block_by_block=True)[name]
     assert found.layers.keys() == expected.layers.keys()
-    for name, inputs in expected.layers.items():
-        torch.testing.assert_close(found.layers[name].rows, inputs.rows, rtol=1e-4, atol=1e-5)
+    for layer, inputs in expected.layers.items():
+        torch.testing.assert_close(found.layers[layer].rows, inputs.rows, rtol=1e-4, atol=1e-5)
 
 
 def test_every_layer_of_the_denoiser_is_seen_and_so_is_its_output(calibrated):
-    stage, found = calibrated
+    stage, found = calibrated["denoise"]
     assert found.layers.keys() == quantisable(stage.unet).keys()
     for name, layer in quantisable(stage.unet).items():
         inputs = found.layers[name]
@@ -66,8 +67,18 @@ def test_every_layer_of_the_denoiser_is_seen_and_so_is_its_output(calibrated):
     assert not stage._forward_pre_hooks
 
 
+def test_a_decoder_sees_what_is_drawn_as_it_is_and_twice_as_large(calibrated):
+    stage, found = calibrated["decode"]
+    assert found.layers.keys() == {
+        name for name in quantisable(stage.vae) if name.startswith(("decoder.", "post_quant_conv"))
+    }
+    (drawn,), (stretched,), *_ = found.stage
+    assert torch.equal(2 * drawn, stretched)
+    assert not stage._forward_pre_hooks
+
+
 def test_layers_that_read_one_input_find_one_scale(calibrated):
-    _, found = calibrated
+    _, found = calibrated["denoise"]
     attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     scales = {float(static_scale(found.layers[f"{attention}.to_{n}"], "int8")) for n in "qkv"}
     assert len(scales) == 1

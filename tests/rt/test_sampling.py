@@ -1,4 +1,4 @@
-"""The loop itself: what it costs, the noise that it draws, pictures walked together, sizes reached by interpolation."""
+"""The loop itself: the noise that it draws, pictures walked together, sizes reached by interpolation."""
 
 from __future__ import annotations
 
@@ -10,33 +10,16 @@ import torch
 
 import tintype
 from tintype.errors import ProfileError, RequestError, TintypeError
-from tintype.guidance import Guidance
-from tintype.noise import initial_noise, step_noise
+from tintype.noise import step_noise
 from tintype.profiles import cut
-from tintype.sampling import StepNoise, walk
+from tintype.sampling import StepNoise
 from tintype.schedulers import make_table
 from tiny_bundle import SCHEDULER
-from tolerances import KERNEL_STEP, LOOP_MICROSECONDS, TINY_GRAPH, relative_error
+from tolerances import KERNEL_STEP, TINY_GRAPH, relative_error
 from watched import watched
 
 PROMPT = "a red lighthouse"
 STOCHASTIC = ["ddpm", "euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lcm"]
-STEPS = 50
-
-
-def test_a_step_costs_little_python(benchmark):
-    """Fifty guided steps of a second-order method, with a model that costs nothing and one latent."""
-    table = make_table("dpmpp_2m", SCHEDULER, STEPS)
-    x = initial_noise(0, (1, 4, 1, 1))
-    noise = StepNoise(table, [0], (4, 1, 1))
-    guidance = Guidance((7.5,) * STEPS)
-
-    def run():
-        return walk(table, x, noise, lambda x, t, guided: (x, x), guidance, lambda step, x: x)
-
-    benchmark.pedantic(run, rounds=40, warmup_rounds=5)
-    # the fastest round, because the machine may be busy with something else
-    assert benchmark.stats.stats.min / STEPS < LOOP_MICROSECONDS * 1e-6
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)

@@ -6,6 +6,7 @@ import os
 import queue
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,12 @@ class OpenVinoBackend(OnHost):
     """
 
     name = "openvino"
+
+    @staticmethod
+    def largest_code(device: str) -> int | None:
+        """What codes of weights may be at most for this device to add their products up; None where all may."""
+        on_cpu = device in ("auto", "cpu")
+        return None if not on_cpu or adds_codes(127) else LARGEST_IN_16_BITS
 
     def __init__(
         self,
@@ -158,6 +165,27 @@ class OpenVinoBackend(OnHost):
                 f"{', '.join(runs)}"
             )
         return name
+
+
+# An x86 CPU without VNNI adds two products, of an input's 8 bits and a weight's, in 16: 2 * 255 * 64 still fits.
+LARGEST_IN_16_BITS = 64
+_SIDE = 64  # of a product that is large enough to be computed as one in a model is
+
+
+@cache
+def adds_codes(largest: int) -> bool:
+    """Whether this CPU gets a product of int8 codes right whose weights are so large: tried, as nothing tells."""
+    from openvino import opset13 as ops
+
+    given = ops.parameter([_SIDE, _SIDE], np.float32)
+    bounds = [np.float32(bound) for bound in (-128, 127, -128, 127)]
+    codes = ops.fake_quantize(given, *bounds, 256)
+    weight = ops.convert(ops.constant(np.full((_SIDE, _SIDE), largest, np.int8)), np.float32)
+    scaled = ops.multiply(weight, ops.constant(np.ones((_SIDE, 1), np.float32)))
+    product = ov.Model([ops.matmul(codes, scaled, False, True)], [given])
+    run = ov.Core().compile_model(product, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (found,) = run([np.full((_SIDE, _SIDE), 127, np.float32)]).values()
+    return bool((found == _SIDE * 127 * largest).all())
 
 
 def _device(wanted: str, present: list[str]) -> str:

@@ -259,10 +259,14 @@ def load_component(
 
 def made_safe(module: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """The module, its residual stream scaled down where its configuration says that float16 overflows."""
-    upcast = config.get("force_upcast", False)
-    if isinstance(module, AutoencoderKL) and upcast and dtype == torch.float16:
+    if isinstance(module, AutoencoderKL) and overflows(config, dtype):
         scale_residual_stream(module.decoder, _RESIDUAL_SCALE)
     return module
+
+
+def overflows(config: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a component's configuration says that it overflows in this type."""
+    return bool(config.get("force_upcast", False)) and dtype == torch.float16
 
 
 def _check_ids(stage: str, ids: NDArray[Any], words: int) -> None:

@@ -1,4 +1,4 @@
-"""A bundle's weights with low-rank updates added: what takes the place of bytes of its files. Needs no torch."""
+"""What takes the place of bytes of a bundle's files: low-rank updates, and smaller codes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,23 +23,28 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 _PRECISIONS = (*DTYPES, "int8")
-_LARGEST_CODE = 127
+LARGEST_CODE = 127
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I8": np.int8}
 
 
 class UpdatedWeights:
     """What stands in place of stretches of a bundle's files, in memory, as long as this object lives."""
 
-    def __init__(self, bundle: Bundle, loras: Iterable[Lora]) -> None:
-        """Add the files' updates up. CheckpointError for a file that does not fit, RequestError for codes that do not
-        take any: e4m3 and int4, whose rounding asks for the model's own inputs."""
-        if bundle.precision not in _PRECISIONS:
+    def __init__(
+        self, bundle: Bundle, loras: Iterable[Lora] = (), *, largest_code: int = LARGEST_CODE
+    ) -> None:
+        """Add the files' updates up, and round int8 layers that multiply codes by codes anew, to `largest_code`.
+
+        CheckpointError for a file that does not fit, RequestError for codes that take no updates: e4m3 and int4, whose
+        rounding asks for the model's own inputs."""
+        loras = tuple(loras)
+        if loras and bundle.precision not in _PRECISIONS:
             raise RequestError(
                 f"lora: a bundle in {bundle.precision} takes no updates, those in {', '.join(_PRECISIONS)} do; merge "
                 f"them before they are rounded: tintype export --lora FILE --precision {bundle.precision}"
             )
         changed: dict[str, dict[int, Bytes]] = defaultdict(dict)
-        for stored, new in _changes(bundle, tuple(loras)):
+        for stored, new in _changes(bundle, loras, largest_code):
             changed[stored.path.relative_to(bundle.folder).as_posix()][stored.begin] = new
         self.stretches = {
             location: (begins := sorted(found), [found[begin] for begin in begins])
@@ -64,8 +69,10 @@ class UpdatedWeights:
                 yield tensor, new
 
 
-def _changes(bundle: Bundle, loras: tuple[Lora, ...]) -> Iterator[tuple[Stored, Bytes]]:
-    """Every stored tensor that the updates change, and its new bytes."""
+def _changes(
+    bundle: Bundle, loras: tuple[Lora, ...], largest_code: int
+) -> Iterator[tuple[Stored, Bytes]]:
+    """Every stored tensor that changes, and its new bytes."""
     stored = stored_components(bundle)
     shapes = {name: dict(_layer_shapes(tensors)) for name, tensors in stored.items()}
     model = Updatable(bundle.folder, bundle.family, tuple(stored), lambda name: shapes[name])
@@ -73,8 +80,32 @@ def _changes(bundle: Bundle, loras: tuple[Lora, ...]) -> Iterator[tuple[Stored, 
     for lora in loras:
         for component, piece in _pieces(fitted(model, lora)):
             pieces[component, layer_of(piece.target)].append(piece)
+    if largest_code < LARGEST_CODE:
+        for component, tensors in stored.items():
+            for layer in _multiplying_codes(tensors):
+                pieces.setdefault((component, layer), [])
+                yield from _fewer_outputs(layer, tensors, largest_code)
     for (component, layer), found in pieces.items():
-        yield from _updated(layer, stored[component], sum(map(_update, found)))
+        update = sum(map(_update, found), start=np.zeros((), np.float32))
+        yield from _updated(layer, stored[component], update, largest_code)
+
+
+def _multiplying_codes(tensors: Mapping[str, Stored]) -> Iterator[str]:
+    """The layers in int8 whose inputs are rounded, too."""
+    for name in tensors:
+        layer = name.removesuffix(".input_scale")
+        if layer != name and tensors[f"{layer}.weight"].dtype == "I8":
+            yield layer
+
+
+def _fewer_outputs(
+    layer: str, tensors: Mapping[str, Stored], largest_code: int
+) -> Iterator[tuple[Stored, Bytes]]:
+    """Of two outputs that are multiplied as codes, one is rounded to no more than the largest: the keys."""
+    scale = tensors.get(f"{layer}.output_scale")
+    if scale is not None and layer.endswith(".to_k"):
+        wider = _floats(scale) * (LARGEST_CODE / largest_code)
+        yield scale, _narrowed(wider, scale.dtype)
 
 
 def stored_components(bundle: Bundle) -> dict[str, dict[str, Stored]]:
@@ -125,24 +156,27 @@ def _update(piece: _Piece) -> Floats:
 
 
 def _updated(
-    layer: str, tensors: Mapping[str, Stored], update: Any
+    layer: str, tensors: Mapping[str, Stored], update: Floats, largest_code: int
 ) -> Iterator[tuple[Stored, Bytes]]:
-    """The layer's tensors that change with an update [out, in * kernel]."""
+    """The layer's tensors that change with an update [out, in * kernel], or [] of nothing."""
     weight = tensors[f"{layer}.weight"]
+    whole = _floats(weight).reshape(weight.shape[0], -1)
     if weight.dtype != "I8":
-        yield weight, _narrowed(_floats(weight).reshape(update.shape) + update, weight.dtype)
+        yield weight, _narrowed(whole + update, weight.dtype)
         return
+    if f"{layer}.input_scale" not in tensors:
+        largest_code = LARGEST_CODE  # nothing is added up in codes
     scale = tensors[f"{layer}.weight_scale"]
     if (smoothing := tensors.get(f"{layer}.smoothing")) is not None:
         update = update / _floats(smoothing)  # as the weight was
-    whole = _floats(weight).reshape(update.shape) * _floats(scale)[:, None] + update
-    scales = np.abs(whole).max(1) / _LARGEST_CODE
+    whole = whole * _floats(scale)[:, None] + update
+    scales = np.abs(whole).max(1) / largest_code
     scales[scales == 0] = 1
     new_scale = _narrowed(scales, scale.dtype)
     # Codes are of the scale as it is stored.
     codes = np.rint(whole / _widened(new_scale, scale.dtype)[:, None])
     yield scale, new_scale
-    yield weight, codes.clip(-_LARGEST_CODE, _LARGEST_CODE).astype(np.int8).view(np.uint8).ravel()
+    yield weight, codes.clip(-largest_code, largest_code).astype(np.int8).view(np.uint8).ravel()
 
 
 def _floats(stored: Stored) -> Floats:
