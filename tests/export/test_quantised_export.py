@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -296,13 +297,20 @@ def test_a_sharded_checkpoint_is_written_shard_by_shard(source, tmp_path, monkey
     assert all(torch.equal(together[name], expected[name]) for name in expected)
 
 
-def test_engines_are_built_of_codes_and_float16(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("upcast", [True, False])
+def test_engines_are_built_of_codes_and_float16(source, tmp_path, monkeypatch, upcast):
+    """A decoder that float16 needs scaled down stays in it."""
     pytest.importorskip("tensorrt_rtx")
+    source = shutil.copytree(source, tmp_path / "checkpoint")
+    config = json.loads((source / "vae/config.json").read_text())
+    (source / "vae/config.json").write_text(json.dumps({**config, "force_upcast": upcast}))
     monkeypatch.setattr(exporting, "trace", remembered_trace)
     monkeypatch.setattr(exporting, "profiles_of", lambda *_: GUIDED)
     monkeypatch.setattr(verify, "_STEPS", STEPS)
     config = make_config("int8", target="tensorrt", gpus=("sm_89",), plain=True)
     bundle = open_bundle(export_bundle(source, tmp_path / "bundle", config))
+    assert ("vae" in bundle.provenance["quantisation"]) == (not upcast)
+    assert bundle.engines["sm_89"]["stages"].keys() == GUIDED.keys()
     (engine,) = bundle.engines["sm_89"]["stages"]["denoise"].values()
     assert bundle.files[engine]["size"] > bundle.files["weights/unet.safetensors"]["size"] / 2
     assert bundle.provenance["options"]["computed"] == "float16"
