@@ -91,6 +91,12 @@ FILES = {
 }
 
 
+def in_codes(bundle, component):
+    """The names of a component's layers whose weights are in codes."""
+    names = load_file(bundle / f"weights/{component}.safetensors")
+    return {n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")}
+
+
 def ours(name, tensors):
     """The name of a published weight among a bundle's, which have CLIP's prefix in any case."""
     return name if name in tensors else f"text_model.{name}"
@@ -102,7 +108,7 @@ def test_weights_take_the_bytes_that_their_bits_say(source, exported, component)
     tensors = load_file(folder / f"weights/{component}.safetensors")
     published = load_file(source / component / f"{FILES[component]}.safetensors")
     floats = {ours(name, tensors): each for name, each in published.items()}
-    layers = [name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")]
+    layers = [f"{layer}.weight" for layer in in_codes(folder, component)]
     codes = CODES[precision].get(component)
     least = {"unet": 20, "vae": 15, "text_encoder": 6}[component] if codes else 0
     assert len(layers) >= least
@@ -123,9 +129,9 @@ def test_the_report_says_what_each_layer_alone_does(exported):
     for component, said in reports.items():
         watched = component != "text_encoder"
         assert said["activations"] == ("static" if watched and precision != "int4" else "none")
-        tensors = load_file(folder / f"weights/{component}.safetensors")
+        codes = in_codes(folder, component)
         for row in said["sensitivity"]["layers"]:
-            kept = f"{row['name']}.weight_scale" in tensors
+            kept = row["name"] in codes
             assert (row["stored"] == said["weights"]) == kept
             assert not kept or not watched or 0 < row["error"] < 1
         if watched:
@@ -138,11 +144,7 @@ def test_the_report_says_what_each_layer_alone_does(exported):
 
 def test_of_an_autoencoder_the_decoders_inner_layers_alone_are_in_codes(exported):
     folder, precision = exported
-    codes = {
-        name.removesuffix(".weight_scale")
-        for name in load_file(folder / "weights/vae.safetensors")
-        if name.endswith(".weight_scale")
-    }
+    codes = in_codes(folder, "vae")
     assert bool(codes) == (precision != "int4")
     assert all(name.startswith("decoder.") for name in codes)
     assert not codes & {"decoder.conv_in", "decoder.conv_out"}
@@ -153,11 +155,7 @@ def test_of_an_autoencoder_the_decoders_inner_layers_alone_are_in_codes(exported
 
 def test_queries_and_keys_of_int8_are_multiplied_as_codes(exported):
     folder, precision = exported
-    codes = {
-        name.removesuffix(".weight_scale")
-        for name in load_file(folder / "weights/unet.safetensors")
-        if name.endswith(".weight_scale")
-    }
+    codes = in_codes(folder, "unet")
     pairs = [
         {f"unet.{each.replace('to_q', name)}.output" for name in ("to_q", "to_k")}
         for each in codes

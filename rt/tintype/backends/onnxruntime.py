@@ -26,6 +26,9 @@ _ENTRIES = {
     "fp8": {"session.disable_quant_qdq": "1"},
     "int4": {"session.qdq_matmulnbits_accuracy_level": "1"},
 }
+# Convolutions of codes are computed in float32 from weights that are widened in every run, unless once beforehand: in
+# an int8 decoder, which is of little else, that saves an eighth of its time.
+_WIDE_DECODER = {"session.disable_quant_qdq": "1"}
 # What ONNX's types are as numpy's: float32, int8, float16, and bfloat16's bits.
 _ARRAYS = {1: np.float32, 3: np.int8, 10: np.float16, 16: np.uint16}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -101,6 +104,11 @@ class OnnxRuntimeBackend:
         array: NDArray[np.float32] = placed if self._on_host else placed.numpy()
         return array
 
+    def _entries(self, stage: str) -> dict[str, str]:
+        """What sessions of the bundle's precision are told besides."""
+        wide = (self.bundle.precision, stage) == ("int8", "decode")
+        return _ENTRIES.get(self.bundle.precision, {}) | (_WIDE_DECODER if wide else {})
+
     def _open(self, key: tuple[str, str]) -> ort.InferenceSession:
         relative = graph_file(self.bundle.stages, *key)
         options = ort.SessionOptions()
@@ -112,7 +120,7 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.bundle.folder)
         )
-        for name, value in _ENTRIES.get(self.bundle.precision, {}).items():
+        for name, value in self._entries(key[0]).items():
             options.add_session_config_entry(name, value)
         unfused = _UNFUSED.get(self.bundle.precision)
         graph = read_graph(self.bundle, relative)
