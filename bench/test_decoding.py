@@ -14,6 +14,7 @@ import pytest
 
 from tintype.bundle import open_bundle
 from tintype.loading import BOX, bundle_pipeline
+from tintype.profiles import Profile
 
 FOLDERS = os.environ.get("TINTYPE_BUNDLES", str(BOX / "postcard")).split(os.pathsep)
 BUNDLES = {Path(folder).name: folder for folder in FOLDERS}
@@ -26,11 +27,10 @@ def test_decode(benchmark, name, backend):
     pytest.importorskip(backend)
     bundle = open_bundle(BUNDLES[name], check_hashes=False)
     (profile, *_) = bundle.stages["decode"]
-    width, height = (int(side) for side in profile.partition("-")[0].split("x"))
-    factor = bundle.defaults["latent_factor"]
-    shape = (1, bundle.defaults["latent_channels"], height // factor, width // factor)
+    size, family = Profile.parse(profile), bundle_pipeline(bundle, backend).family
+    shape = (1, *family.latent_shape(size.width, size.height))
     latents = np.random.default_rng(0).standard_normal(shape, np.float32)
-    engine = bundle_pipeline(bundle, backend).family.backend
+    engine = family.backend
     benchmark.group = f"decode {profile} on {engine.name}"
     benchmark.extra_info |= {"precision": bundle.precision, "computes": engine.dtype}
     benchmark.pedantic(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.files import Weights
 from tintype.checkpoints.weights import parameters
+from tintype.families.conditioning import STAGES
 from tintype.models.quantised import LayerCodes, Scheme, quantisable
-from tintype.models.stages import stage_component
+from tintype.models.stages import stage_component, stage_names
 
 from .calibration import Calibration, Seen, calibrate
 from .rounding import round_layer, static_scale
@@ -77,7 +78,7 @@ def plan(
 ) -> dict[str, Quantised]:
     """How each component that is kept in codes is written, by name; without ``calibration`` decoders are not."""
     component = partial(stage_component, components=checkpoint.components)
-    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
+    encoders = [component(each) for each in stage_names(checkpoint.components) if each in STAGES]
     found = {name: _by_weights(checkpoint, name, _ENCODER) for name in encoders}
     if calibration is None:
         scheme = _scheme(precision, "none", group)

@@ -77,7 +77,9 @@ def suspects(found: Mapping[str, Sensitivity]) -> str:
         for layer in report.ranked()
         if layer.stored != "high"
     ]
-    return ", ".join(f"{name} ({error:.1e})" for error, name in sorted(kept)[: -_SUSPECTS - 1 : -1])
+    return ", ".join(
+        f"{name} ({error:.1e})" for error, name in sorted(kept, reverse=True)[:_SUSPECTS]
+    )
 
 
 def quantisable_by_rule(
