@@ -78,7 +78,7 @@ class OpenVinoBackend(OnHost):
     @staticmethod
     def largest_code(device: str) -> int | None:
         """What codes of weights may be at most for this device to add their products up; None where all may."""
-        on_cpu = device in ("auto", "cpu")
+        on_cpu = device.lower() in ("auto", "cpu")
         return None if not on_cpu or adds_codes(127) else LARGEST_IN_16_BITS
 
     def __init__(
