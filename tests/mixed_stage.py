@@ -16,7 +16,10 @@ from tintype_export.qdq import quantise_graph
 from tintype_export.quantisation import layer_tensors
 from tintype_export.storage import HIGH
 
-FACTORS = ("to_q", "to_k")  # whose outputs are rounded, too, where inputs are
+FACTORS = (
+    "to_q",
+    "to_k",
+)  # whose outputs are rounded, too, where inputs are; a convolution's are in int8 alone
 GRAPH = "denoise/6x5-b2.onnx"
 WEIGHTS = "weights/unet.safetensors"
 SCHEMES = {
@@ -71,6 +74,9 @@ def make_recipe(model, scheme):
             kept = replace(kept, input_scale=torch.tensor(top / largest))
             if name in FACTORS:
                 kept = replace(kept, output_scale=torch.tensor(1.5 / largest))
+            if name == "conv" and scheme.weights == "int8":
+                tops = torch.linspace(1.5, 2.5, len(kept.codes))
+                kept = replace(kept, output_scale=tops / largest)
         recipe[name] = kept
     if scheme.activations == "static":
         factors = torch.rand(64) + 0.5

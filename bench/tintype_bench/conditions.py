@@ -34,6 +34,7 @@ def conditions() -> dict[str, Any]:
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "cpu_mhz": _cpu_clock(),
         "cpu_bf16": computes_bf16("cpu"),
+        "cpu_vnni": multiplies_codes(),
         "threads": {name: os.environ[name] for name in _THREADS if name in os.environ},
         **nvml.describe(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -41,11 +42,13 @@ def conditions() -> dict[str, Any]:
 
 
 def machine_name(surroundings: dict[str, Any]) -> str:
-    """The folder under `bench/results/`: the GPU's name, or the CPU's cores and whether it has bfloat16."""
+    """The folder under `bench/results/`: the GPU's name, or the CPU's cores and what it lacks for fewer bits."""
     gpu = surroundings.get("gpu")
     if gpu:
         return str(gpu).lower().replace(" ", "-")
-    return f"cpu-{surroundings['cores']}core{'' if surroundings['cpu_bf16'] else '-without-bf16'}"
+    lacks = {"cpu_vnni": "-without-vnni", "cpu_bf16": "-without-bf16"}
+    lacking = next((said for name, said in lacks.items() if not surroundings[name]), "")
+    return f"cpu-{surroundings['cores']}core{lacking}"
 
 
 @cache
@@ -59,6 +62,16 @@ def computes_bf16(device: str) -> bool:
     import openvino
 
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def multiplies_codes() -> bool:
+    """Whether the CPU adds up products of int8 in one instruction, as x86 does with VNNI; yes where nothing tells."""
+    if find_spec("onnxruntime") is None:
+        return True
+    from tintype.backends.onnxruntime import adds_codes
+    from tintype.backends.updated_weights import LARGEST_CODE
+
+    return adds_codes(LARGEST_CODE)
 
 
 def _version(name: str) -> str | None:

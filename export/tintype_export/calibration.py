@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tintype.backends.torch import TorchBackend
 from tintype.checkpoints import Checkpoint
 from tintype.loading import checkpoint_pipeline
-from tintype.models.quantised import is_factor, quantisable
+from tintype.models.quantised import may_round_output, quantisable
 from tintype.models.stages import Stage
 
 # Short sentences of what pictures are asked for most: places, animals, people, things, weather, styles.
@@ -77,12 +77,12 @@ class Sample:
 class Seen:
     """The inputs of every layer of a stage that was called, by name, and of the stage as a whole.
 
-    ``factors``: the outputs of the layers whose outputs are multiplied with one another.
+    ``outputs``: of the layers whose outputs may be rounded, too.
     """
 
     layers: Mapping[str, Sample]
     stage: list[tuple[Tensor, ...]]
-    factors: Mapping[str, Sample] = field(default_factory=dict)
+    outputs: Mapping[str, Sample] = field(default_factory=dict)
 
 
 def calibrate(
@@ -115,12 +115,12 @@ def _called(seen: Seen, shown: int) -> Seen:
     """What was called at all, and ``shown`` of the stage's inputs."""
     every = max(1, len(seen.stage) // shown)
     called = {name: each for name, each in seen.layers.items() if each.parts}
-    return Seen(called, seen.stage[every // 2 :: every][:shown], seen.factors)
+    return Seen(called, seen.stage[every // 2 :: every][:shown], seen.outputs)
 
 
 @contextmanager
 def _watched(stage: Stage, rows: int) -> Iterator[Seen]:
-    """While the block runs, each call adds ``rows`` of every layer's inputs, of factors, and the stage's own."""
+    """While the block runs, each call adds ``rows`` of every layer's inputs, of some's outputs, and the stage's own."""
 
     def look(seen: Sample) -> Callable[..., None]:
         def hook(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -132,17 +132,17 @@ def _watched(stage: Stage, rows: int) -> Iterator[Seen]:
 
     def look_behind(seen: Sample) -> Callable[..., None]:
         def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.add(*_token_rows(output, rows, torch.Generator().manual_seed(len(seen.parts))))
+            tokens = output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output
+            seen.add(*_token_rows(tokens, rows, torch.Generator().manual_seed(len(seen.parts))))
 
         return hook
 
     ((_, model),) = stage.named_children()
     found = quantisable(model)
-    seen = Seen(
-        {name: Sample() for name in found}, [], {n: Sample() for n in found if is_factor(n)}
-    )
+    rounded = [name for name, layer in found.items() if may_round_output(name, layer)]
+    seen = Seen({name: Sample() for name in found}, [], {name: Sample() for name in rounded})
     hooks = [found[n].register_forward_pre_hook(look(each)) for n, each in seen.layers.items()]
-    hooks += [found[n].register_forward_hook(look_behind(each)) for n, each in seen.factors.items()]
+    hooks += [found[n].register_forward_hook(look_behind(each)) for n, each in seen.outputs.items()]
     hooks.append(stage.register_forward_pre_hook(lambda _, given: seen.stage.append(given)))
     try:
         yield seen

@@ -1,6 +1,8 @@
 """Graphs whose layers read codes: QuantizeLinear and DequantizeLinear around the products of a float graph.
 
-int8 and e4m3 weights have a scale an output channel; int4 ones have one a block, which is opset 21's.
+int8 and e4m3 weights have a scale an output channel; int4 ones have one a block, which is opset 21's. onnxruntime
+multiplies codes by codes where nothing else reads them and weights have zero points, and convolves them where the
+output is rounded at one scale: that is 1, channels being in steps of their own.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from tintype.backends.graphs import WHOLE_STEPS
+
 from .graphs import StoredTensor, external
 
 _BLOCKS_OPSET = 21
 _SCALE = ".weight_scale"
+_INPUT_SCALE = ".input_scale"
 OUTPUT_SCALE = ".output_scale"
 # A zero of the type that an input is rounded to says which type that is.
 _ZEROS = {
@@ -37,14 +42,13 @@ def quantise_graph(model: ir.Model, root: Path, weights: Mapping[str, StoredTens
 
 
 class _Graph:
-    """A graph under change, and the values that several layers share."""
+    """A graph under change."""
 
     def __init__(self, graph: ir.Graph, root: Path, weights: Mapping[str, StoredTensor]) -> None:
         self.graph = graph
         self.root = root
         self.weights = weights
         self.first = graph[0]
-        self.rounded: dict[tuple[int, float], ir.Value] = {}
 
     def quantise(self, layer: str) -> None:
         value = self.graph.initializers[f"{layer}.weight"]
@@ -77,28 +81,27 @@ class _Graph:
         value.replace_all_uses_with(self._begin(whole, scale.dtype, shape))
 
     def _dequantised(self, layer: str, codes: StoredTensor, **attributes: int) -> ir.Value:
-        """The weight that stored codes stand for, made at the graph's beginning."""
-        name, scale = f"{layer}.weight", self.weights[f"{layer}.weight_scale"]
-        inputs = [
-            self._initializer(external(f"{name}.codes", codes)),
-            self._initializer(external(f"{name}_scale", scale)),
-        ]
+        """The weight that stored codes stand for, or that in steps of its output, made at the graph's beginning."""
+        name, scale = f"{layer}.weight", self.weights[f"{layer}{_SCALE}"]
+        scales = self._in_steps(self._initializer(external(f"{name}_scale", scale)), layer)
+        inputs = [self._initializer(external(f"{name}.codes", codes)), scales]
+        if codes.dtype == ir.DataType.INT8 and f"{layer}{_INPUT_SCALE}" in self.weights:
+            zeros = np.zeros(codes.shape[0], np.int8)
+            inputs.append(self._initializer(ir.tensor(zeros, name=f"zeros.{zeros.size}")))
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}.dequantised")
         return self._begin(node, scale.dtype, codes.shape)
 
     def _round_input(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
         """Let a product read its first input through 8 bits, where the layer has a scale for that."""
-        stored, x = self.weights.get(f"{layer}.input_scale"), product.inputs[0]
+        stored, x = self.weights.get(f"{layer}{_INPUT_SCALE}"), product.inputs[0]
         if stored is None or x is None:
             return
         if (smoothing := self.weights.get(f"{layer}.smoothing")) is not None:
             factors = self._initializer(external(f"{layer}.smoothing", smoothing))
             node = ir.node("Mul", [x, factors], name=f"{layer}.smoothed")
             x = self._follow(x, node, x.dtype)
-        key = (id(x), self._scalar(stored))
-        if key not in self.rounded:  # layers that round one value alike share it
-            self.rounded[key] = self._rounded(x, f"{layer}.input", stored, kind)
-        product.replace_input_with(0, self.rounded[key])
+        scale = self._initializer(external(f"{layer}{_INPUT_SCALE}", stored))
+        product.replace_input_with(0, self._rounded(x, f"{layer}.input", scale, kind))
 
     def _round_output(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
         """Round what a product gives, where the layer has a scale for that; a bias is added before."""
@@ -106,27 +109,52 @@ class _Graph:
         if stored is None:
             return
         (output,) = product.outputs
-        users = [node for node, _ in output.uses()]
-        if len(users) == 1 and users[0].op_type == "Add":
-            (output,) = users[0].outputs
-        readers = list(output.uses())
-        rounded = self._rounded(output, f"{layer}.output", stored, kind)
+        if stored.shape:
+            readers = list(output.uses())
+            rounded = self._rounded_steps(product, layer, stored, kind)
+        else:
+            users = [node for node, _ in output.uses()]
+            if len(users) == 1 and users[0].op_type == "Add":
+                (output,) = users[0].outputs
+            readers = list(output.uses())
+            scale = self._initializer(external(f"{layer}{OUTPUT_SCALE}", stored))
+            rounded = self._rounded(output, f"{layer}.output", scale, kind)
         for node, index in readers:
             node.replace_input_with(index, rounded)
 
-    def _rounded(self, x: ir.Value, name: str, stored: StoredTensor, kind: ir.DataType) -> ir.Value:
-        """x in codes of this kind and back, at the scale ``name`` with _scale added."""
-        scale = self._initializer(external(f"{name}_scale", stored))
+    def _rounded_steps(
+        self, product: ir.Node, layer: str, stored: StoredTensor, kind: ir.DataType
+    ) -> ir.Value:
+        """A convolution's output in whole steps of each channel, the weight being so already, times those."""
+        if (bias := product.inputs[2]) is not None:
+            product.replace_input_with(2, self._in_steps(bias, layer))
+        (output,) = product.outputs
+        name = f"one.{stored.dtype.name.lower()}"
+        one = self._initializer(ir.tensor(np.ones((), stored.dtype.numpy()), name=name))
+        whole = self._rounded(output, f"{layer}{WHOLE_STEPS}", one, kind)
+        steps = self._initializer(external(f"{layer}{OUTPUT_SCALE}", stored))
+        shape = self._initializer(ir.tensor(np.array((-1, 1, 1)), name="shape.channels"))
+        node = ir.node("Reshape", [steps, shape], name=f"{layer}.output.step")
+        step = self._begin(node, stored.dtype, (*stored.shape, 1, 1))
+        node = ir.node("Mul", [whole, step], name=f"{layer}.output")
+        return self._follow(whole, node, output.dtype)
+
+    def _in_steps(self, values: ir.Value, layer: str) -> ir.Value:
+        """Values [out] of a convolution in the steps that its output is rounded to; as they are where it is not."""
+        stored = self.weights.get(f"{layer}{OUTPUT_SCALE}")
+        if stored is None or not stored.shape:
+            return values
+        steps = self._initializer(external(f"{layer}{OUTPUT_SCALE}", stored))
+        node = ir.node("Div", [values, steps], name=f"{values.name}.in_steps")
+        return self._begin(node, stored.dtype, stored.shape)
+
+    def _rounded(self, x: ir.Value, name: str, scale: ir.Value, kind: ir.DataType) -> ir.Value:
+        """x in codes of this kind and back."""
         zero = self._initializer(ir.tensor(_ZEROS[kind], name=f"zero.{kind.name.lower()}"))
         node = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}.codes")
         codes = self._follow(x, node, kind)
         node = ir.node("DequantizeLinear", [codes, scale, zero], name=name)
         return self._follow(codes, node, x.dtype)
-
-    def _scalar(self, stored: StoredTensor) -> float:
-        with (self.root / stored.location).open("rb") as file:
-            file.seek(stored.offset)
-            return float(np.frombuffer(file.read(stored.length), stored.dtype.numpy())[0])
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         assert tensor.name is not None

@@ -20,7 +20,7 @@ from tintype.models.quantised import LayerCodes, Scheme, quantisable
 from tintype.models.stages import stage_component, stage_names
 
 from .calibration import Calibration, Seen, calibrate
-from .rounding import round_layer, static_scale
+from .rounding import output_scale, round_layer
 from .sensitivity import MOST_MEASURED, Rounder, Sensitivity, by_rule, measured
 from .writing import save_tensors, shard_paths
 
@@ -115,9 +115,9 @@ def _scheme(weights: str, activations: str, group: int) -> Scheme:
 def _rounder(scheme: Scheme, seen: Seen) -> Rounder:
     def rounded(name: str, weight: Tensor) -> LayerCodes:
         kept = round_layer(weight, scheme, seen.layers.get(name))
-        # Of products of tokens with tokens, int8 ones alone are anywhere faster than 16-bit ones.
-        if scheme.weights == "int8" and name in seen.factors:
-            return replace(kept, output_scale=static_scale(seen.factors[name], scheme.weights))
+        # Products of tokens with tokens are faster than 16-bit ones in int8 alone, and so are convolutions on a CPU.
+        if scheme.weights == "int8" and name in seen.outputs:
+            return replace(kept, output_scale=output_scale(weight, seen.outputs[name]))
         return kept
 
     return rounded

@@ -31,6 +31,11 @@ _DAMPING = 0.01  # of the mean diagonal, as in the paper
 _COLUMNS = 128  # that are rounded before the rest is made good at once; every group divides it
 _SMOOTHING = 0.5  # SmoothQuant's exponent
 _WORTH_SMOOTHING = 0.5  # of the plain form's squared error: it costs a product an input
+_HEADROOM = (
+    1.25  # over the largest output of a channel: few prompts do not show all that it can give
+)
+_DEVIATIONS = 6  # of a channel's outputs that are not cut off
+_LEAST_CHANNEL = 1e-3  # of the largest; one that was silent in calibration may speak up later
 _LARGEST_INVERSE = 8192  # columns; above, the inverse costs more than it is worth
 _CACHED = 1 << 18  # weights whose scales are tried together, in copies that stay in a core's cache
 
@@ -60,6 +65,20 @@ def static_scale(seen: Sample, kind: str) -> Tensor:
     rows = seen.rows
     errors = [float((fake_quantise(rows, scale, kind) - rows).square().sum()) for scale in scales]
     return scales[errors.index(min(errors))]
+
+
+def output_scale(weight: Tensor, seen: Sample) -> Tensor:
+    """The scale of a linear layer's int8 outputs [], or of a convolution's, each channel's own [out].
+
+    What follows a convolution norms its channels, so that one scale for all would lose the small ones.
+    """
+    if weight.ndim == 2:
+        return static_scale(seen, "int8")
+    assert seen.largest is not None
+    # Few prompts do not show all that a channel can give.
+    spread = _DEVIATIONS * seen.rows.square().mean(0).sqrt()
+    least = _LEAST_CHANNEL * seen.largest.max().clamp_min(1e-12)
+    return torch.maximum(seen.largest, spread).clamp_min(least) / LARGEST_CODE["int8"]
 
 
 def _smoothed(weight: Tensor, scheme: Scheme, seen: Sample) -> LayerCodes:

@@ -1,4 +1,4 @@
-"""The fields of a protobuf message, for the few that are read without the protobuf package."""
+"""The fields of a protobuf message, for the few that are read and written without the protobuf package."""
 
 from __future__ import annotations
 
@@ -76,3 +76,21 @@ def varint(message: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+
+
+def sized(number: int, payload: bytes) -> bytes:
+    """A field of that number which holds bytes, a text or a message."""
+    return _as_varint(number << 3 | SIZED) + _as_varint(len(payload)) + payload
+
+
+def counted(number: int, value: int) -> bytes:
+    """A field of that number which holds a number from 0 on."""
+    return _as_varint(number << 3 | _VARINT) + _as_varint(value)
+
+
+def _as_varint(value: int) -> bytes:
+    parts = bytearray()
+    while value >= 0x80:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])

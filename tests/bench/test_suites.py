@@ -262,8 +262,13 @@ def test_results_have_a_folder_of_the_machine(tmp_path, monkeypatch):
     assert main(["bench", "--results", str(tmp_path)]) == 0
     written = {path.name for path in (tmp_path / "nvidia-h200").iterdir()}
     assert written == {"quick.json", "quick.html", "quick.md"}
-    for bf16, name in ((True, "cpu-8core"), (False, "cpu-8core-without-bf16")):
-        assert machine_name({"cores": 8, "cpu_bf16": bf16}) == name
+    named = {
+        (True, True): "cpu-8core",
+        (False, True): "cpu-8core-without-bf16",
+        (False, False): "cpu-8core-without-vnni",
+    }
+    for (bf16, vnni), name in named.items():
+        assert machine_name({"cores": 8, "cpu_bf16": bf16, "cpu_vnni": vnni}) == name
     assert json.loads((tmp_path / "nvidia-h200" / "quick.json").read_text()) == made
 
 

@@ -112,7 +112,7 @@ def test_a_loaded_bundle_draws_what_the_updated_checkpoint_draws(
     expected = tintype.load(checkpoint, lora=f"{update}:0.5")("red", **REQUEST).images
     made = tintype.load(folder, lora=f"{update}:0.5", **how)("red", **REQUEST).images
     plain = tintype.load(folder, **how)("red", **REQUEST).images
-    assert relative_error(made, expected) < min(error, 0.5 * relative_error(plain, expected))
+    assert relative_error(made, expected) < min(error, 0.7 * relative_error(plain, expected))
     undone = [f"{update}:0.5", f"{update}:-0.5"]
     back = tintype.load(folder, lora=undone, **how)("red", **REQUEST).images
     assert relative_error(back, plain) < error

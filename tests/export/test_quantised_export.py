@@ -199,8 +199,10 @@ def test_torch_runs_the_layers_of_a_bundle_as_the_bundle_does(source, exported):
     difference, scale = np.linalg.norm(actual - expected), np.linalg.norm(expected)
     if precision == "int4":
         assert difference < STAGE_FP32 * scale
-    else:  # sums in another order round some inputs to another code, and each of those many more
-        assert difference < 0.5 * np.linalg.norm(in_float - actual)
+    else:  # a value rounded to another code rounds many more behind it: in the end one error beside another like it
+        errors = [np.linalg.norm(in_float - each) for each in (actual, expected)]
+        assert difference < 1.5 * errors[0]
+        assert errors[0] == pytest.approx(errors[1], rel=0.3)
 
 
 def test_what_is_worst_is_kept_high_until_the_rest_adds_up_to_little():

@@ -14,7 +14,13 @@ from tintype.checkpoints import open_checkpoint
 from tintype.models.quantised import Scheme, fake_quantise, nearest, quantisable
 from tintype_export import rounding
 from tintype_export.calibration import Calibration, Sample, _sample, calibrate, input_windows
-from tintype_export.rounding import clipped_scales, compensated, round_layer, static_scale
+from tintype_export.rounding import (
+    clipped_scales,
+    compensated,
+    output_scale,
+    round_layer,
+    static_scale,
+)
 from tolerances import KERNEL_FORMULA
 
 INT4 = Scheme("int4", group=32)
@@ -159,3 +165,16 @@ def test_smoothing_is_taken_where_some_channels_are_far_larger_and_only_there():
     assert kept.smoothing is not None
     plain = replace(nearest(weight, scheme), input_scale=static_scale(seen(uneven), "int8"))
     assert output_error(kept, weight, uneven) < 0.75 * output_error(plain, weight, uneven)
+
+
+def test_a_convolutions_outputs_have_steps_of_each_channel_that_cut_nothing_seen_off():
+    sizes = torch.tensor([1e-9, 0.5, 1.0, 30.0])
+    outputs = seen(sizes * torch.randn(4000, 4))
+    outputs.largest[2] = 9.0  # among the values that the sample left out
+    steps = output_scale(torch.randn(4, 8, 3, 3), outputs)
+    assert steps.shape == (4,)
+    assert (127 * steps >= 0.999 * outputs.largest).all()
+    torch.testing.assert_close(127 * steps[[1, 3]], 6 * sizes[[1, 3]], rtol=0.05, atol=0)
+    assert float(127 * steps[2]) == pytest.approx(9.0)
+    assert float(127 * steps[0]) == pytest.approx(1e-3 * float(outputs.largest[3]))  # silent
+    assert output_scale(torch.randn(4, 8), outputs).shape == ()

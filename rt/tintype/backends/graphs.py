@@ -40,6 +40,10 @@ def read_graph(bundle: Bundle, relative: str) -> bytes:
     return graph
 
 
+# How a graph calls what a convolution gives, rounded to whole steps of each channel.
+WHOLE_STEPS = ".output.steps"
+
+
 class MappedWeights:
     """A bundle's weight files in memory: each mapped once, however many graphs read it, while this object lives.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tintype.errors import BundleError
-from tintype.protobuf import SIZED, fields, payloads, varints
+from tintype.protobuf import fields, payloads, sized, varints
 
 # Field numbers of onnx.proto that lead to a tensor's external_data, by the message that they are in.
 _FIELDS = {
@@ -93,14 +93,14 @@ def _moved(message: memoryview, kind: str, place: Place) -> bytes:
             key, value = _entry(field.payload)
             entries[key] = value
         else:
-            parts.append(_sized(field.number, _moved(field.payload, inner, place)))
+            parts.append(sized(field.number, _moved(field.payload, inner, place)))
     if "location" in entries:
         length = int(entries["length"]) if "length" in entries else None
         address, size = place(entries["location"], int(entries.get("offset", 0)), length)
         told = {"location": IN_MEMORY, "offset": str(address), "length": str(size)}
         for key, value in told.items():
-            entry = _sized(1, key.encode()) + _sized(2, value.encode())
-            parts.append(_sized(_EXTERNAL_DATA, entry))
+            entry = sized(1, key.encode()) + sized(2, value.encode())
+            parts.append(sized(_EXTERNAL_DATA, entry))
     return b"".join(parts)
 
 
@@ -119,15 +119,3 @@ def _entry(message: memoryview) -> tuple[str, str]:
     """A pair of texts, each empty where it is not written."""
     texts = {field.number: bytes(field.payload or b"").decode() for field in fields(message)}
     return texts.get(1, ""), texts.get(2, "")
-
-
-def _sized(number: int, payload: bytes) -> bytes:
-    return _as_varint(number << 3 | SIZED) + _as_varint(len(payload)) + payload
-
-
-def _as_varint(value: int) -> bytes:
-    parts = bytearray()
-    while value >= 0x80:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*parts, value])

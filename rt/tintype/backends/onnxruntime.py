@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,23 +13,23 @@ from numpy.typing import NDArray
 from tintype.backends import Arrays
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import graph_file, read_graph
+from tintype.backends.updated_weights import LARGEST_CODE, LARGEST_IN_16_BITS
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
+from tintype.protobuf import counted, sized
 
 if TYPE_CHECKING:
     from tintype.backends.updated_weights import UpdatedWeights
 
-# What a bundle's precision does without. int8: a product fused with its bias has no kernel that gives float32, so both
+# What a bundle's precision does without. int8: a product fused with its bias has no kernel that gives float32, and one
+# whose input's codes others read as well, as they do where equal nodes became one, has none that takes codes; either
 # would be computed in float32. fp8: what is fused for int8 is fused for e4m3, too, which no kernel takes. int4: the
 # products' inputs would be rounded to int8, and the bundle says that weights alone are rounded.
-_UNFUSED = {"int8": ["MatMulAddFusion"]}
+_UNFUSED = {"int8": ["MatMulAddFusion", "CommonSubexpressionElimination"]}
 _ENTRIES = {
     "fp8": {"session.disable_quant_qdq": "1"},
     "int4": {"session.qdq_matmulnbits_accuracy_level": "1"},
 }
-# Convolutions of codes are computed in float32 from weights that are widened in every run, unless once beforehand: in
-# an int8 decoder, which is of little else, that saves an eighth of its time.
-_WIDE_DECODER = {"session.disable_quant_qdq": "1"}
 # What ONNX's types are as numpy's: float32, int8, float16, and bfloat16's bits.
 _ARRAYS = {1: np.float32, 3: np.int8, 10: np.float16, 16: np.uint16}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -41,6 +42,12 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
+
+    @staticmethod
+    def largest_code(device: str) -> int | None:
+        """What codes of weights may be at most for this device to add their products up; None where all may."""
+        on_cpu = _provider(device) == _PROVIDERS["cpu"]
+        return None if not on_cpu or adds_codes(LARGEST_CODE) else LARGEST_IN_16_BITS
 
     def __init__(
         self,
@@ -104,11 +111,6 @@ class OnnxRuntimeBackend:
         array: NDArray[np.float32] = placed if self._on_host else placed.numpy()
         return array
 
-    def _entries(self, stage: str) -> dict[str, str]:
-        """What sessions of the bundle's precision are told besides."""
-        wide = (self.bundle.precision, stage) == ("int8", "decode")
-        return _ENTRIES.get(self.bundle.precision, {}) | (_WIDE_DECODER if wide else {})
-
     def _open(self, key: tuple[str, str]) -> ort.InferenceSession:
         relative = graph_file(self.bundle.stages, *key)
         options = ort.SessionOptions()
@@ -120,7 +122,7 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.bundle.folder)
         )
-        for name, value in self._entries(key[0]).items():
+        for name, value in _ENTRIES.get(self.bundle.precision, {}).items():
             options.add_session_config_entry(name, value)
         unfused = _UNFUSED.get(self.bundle.precision)
         graph = read_graph(self.bundle, relative)
@@ -156,3 +158,36 @@ def _provider(device: str) -> str:
             f'device={device!r} needs onnxruntime-gpu; install it with: pip install "tintype[gpu]"'
         )
     return _PROVIDERS[name]
+
+
+_SIDE = 64  # of a product that is large enough to be computed as one in a model is
+_INT8, _INT32, _UINT8 = 3, 6, 2  # as onnx.proto numbers types
+
+
+@cache
+def adds_codes(largest: int) -> bool:
+    """Whether this CPU gets a product of codes right whose weights are so large: tried, as nothing tells."""
+    session = ort.InferenceSession(_product_of_codes(), providers=[_PROVIDERS["cpu"]])
+    inputs = np.full((_SIDE, _SIDE), 255, np.uint8)
+    weights = np.full((_SIDE, _SIDE), largest, np.int8)
+    (found,) = session.run(None, {"inputs": inputs, "weights": weights})
+    return bool((found == _SIDE * 255 * largest).all())
+
+
+def _product_of_codes() -> bytes:
+    """A model of one node; the numbers are those that onnx.proto gives the fields."""
+
+    def value(name: str, kind: int) -> bytes:
+        shape = sized(2, 2 * sized(1, counted(1, _SIDE)))
+        return sized(1, name.encode()) + sized(2, sized(1, counted(1, kind) + shape))
+
+    names = sized(1, b"inputs") + sized(1, b"weights") + sized(2, b"sums")
+    graph = (
+        sized(1, names + sized(4, b"MatMulInteger"))
+        + sized(2, b"product of codes")
+        + sized(11, value("inputs", _UINT8))
+        + sized(11, value("weights", _INT8))
+        + sized(12, value("sums", _INT32))
+    )
+    opset = counted(2, 13)
+    return counted(1, 8) + sized(7, graph) + sized(8, opset)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from tintype.backends import Arrays, OnHost
 from tintype.backends.compiled import Compiled, cores, one_line
-from tintype.backends.graphs import MappedWeights, graph_file, read_graph
+from tintype.backends.graphs import WHOLE_STEPS, MappedWeights, graph_file, read_graph
 from tintype.backends.onnx_weights import output_names, read_from_memory
+from tintype.backends.updated_weights import LARGEST_CODE, LARGEST_IN_16_BITS
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype_kernels.cache import cache_folder
@@ -79,7 +80,7 @@ class OpenVinoBackend(OnHost):
     def largest_code(device: str) -> int | None:
         """What codes of weights may be at most for this device to add their products up; None where all may."""
         on_cpu = device.lower() in ("auto", "cpu")
-        return None if not on_cpu or adds_codes(127) else LARGEST_IN_16_BITS
+        return None if not on_cpu or adds_codes(LARGEST_CODE) else LARGEST_IN_16_BITS
 
     def __init__(
         self,
@@ -127,6 +128,7 @@ class OpenVinoBackend(OnHost):
         graph = read_graph(self.bundle, relative)
         try:
             model = self._core.read_model(read_from_memory(graph, self._weights.place))
+            _unround_convolutions(model)
             compiled = self._core.compile_model(model, self._device, self._options(key.dtype))
         except RuntimeError as error:
             raise BundleError(
@@ -167,9 +169,22 @@ class OpenVinoBackend(OnHost):
         return name
 
 
-# An x86 CPU without VNNI adds two products, of an input's 8 bits and a weight's, in 16: 2 * 255 * 64 still fits.
-LARGEST_IN_16_BITS = 64
 _SIDE = 64  # of a product that is large enough to be computed as one in a model is
+
+
+def _unround_convolutions(model: ov.Model) -> None:
+    """Leave what convolutions give unrounded: that serves runtimes that convolve codes to codes alone.
+
+    Here a convolution of codes gives floats as fast, and what follows it reads those.
+    """
+    for node in model.get_ops():
+        if not node.get_friendly_name().endswith(WHOLE_STEPS):
+            continue
+        rounding = node
+        while rounding.get_type_name() != "FakeQuantize":
+            rounding = rounding.input_value(0).get_node()
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(rounding.input_value(0))
 
 
 @cache

@@ -24,6 +24,8 @@ Bytes = NDArray[np.uint8]
 
 _PRECISIONS = (*DTYPES, "int8")
 LARGEST_CODE = 127
+# An x86 CPU without VNNI adds two products, of an input's 8 bits and a weight's, in 16: 2 * 255 * 64 still fits.
+LARGEST_IN_16_BITS = 64
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I8": np.int8}
 
 

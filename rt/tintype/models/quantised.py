@@ -79,7 +79,8 @@ class LayerCodes:
 
     ``weight_scale`` float32 [out], or [out, groups] of int4. ``input_scale`` float32 [] where activations are static.
     ``smoothing`` float32 [in], which the input is multiplied by and the weight was divided by; linear layers only.
-    ``output_scale`` float32 [] where the output is rounded, too, since a product of two such outputs follows.
+    ``output_scale`` where the output is rounded, too: float32 [] of two linear layers whose outputs are multiplied with
+    each other, [out] of a convolution.
     """
 
     scheme: Scheme
@@ -122,7 +123,7 @@ def nearest(weight: Tensor, scheme: Scheme) -> LayerCodes:
 
 
 def fake_quantise(x: Tensor, scale: Tensor, kind: str) -> Tensor:
-    """QuantizeLinear and DequantizeLinear of x at a scale [], computed in float32 and returned in x's type.
+    """QuantizeLinear and DequantizeLinear of x at a scale that broadcasts, computed in float32, returned in x's type.
 
     Gradients pass the rounding by; the scale's is LSQ's, and x's is 0 where x is cut off.
     """
@@ -276,6 +277,10 @@ class QuantisedConv2d(_Quantised):
         return known and prefers_int8_conv2d(x, self._kernels, self.bias, **self._how)
 
     def forward(self, x: Tensor | QuantizedPictures) -> Tensor:
+        channels = None if self.output_scale is None else self.output_scale[:, None, None]
+        return self._rounded(self._convolved(x), channels)
+
+    def _convolved(self, x: Tensor | QuantizedPictures) -> Tensor:
         if isinstance(x, QuantizedPictures):
             return int8_conv2d(x, self._kernels, self.bias, **self._sides)
         if self.takes_codes(x):
@@ -338,9 +343,10 @@ def is_inner(name: str, scheme: Scheme) -> bool:
     return not outside and not (modulates and scheme.activations != "none")
 
 
-def is_factor(name: str) -> bool:
-    """Whether a denoiser's layer gives the queries or keys of a product that may be one of codes, too."""
-    return name.endswith(_FACTORS)
+def may_round_output(name: str, layer: nn.Module) -> bool:
+    """Whether a layer's output may leave it in codes: queries and keys whose product is one of codes then, too, and
+    what a convolution gives, since some runtimes convolve codes to codes alone."""
+    return isinstance(layer, nn.Conv2d) or name.endswith(_FACTORS)
 
 
 def round_linears(model: nn.Module, scheme: Scheme) -> nn.Module:

@@ -22,9 +22,7 @@ from tolerances import LEAST_DB_16_BITS, STAGE_FP32, TINY_GRAPH, relative_error
 ov = pytest.importorskip("openvino")
 from tintype.backends.openvino import (  # noqa: E402 - needs openvino
     CACHE_VARIABLE,
-    LARGEST_IN_16_BITS,
     OpenVinoBackend,
-    adds_codes,
 )
 from tintype_kernels.cache import cache_folder  # noqa: E402 - needs openvino
 
@@ -52,14 +50,6 @@ def save_again(folder, precision="fp32"):
     manifest = json.loads((folder / MANIFEST).read_text())
     kept = ("name", "family", "stages", "scheduler", "defaults")
     write_manifest(folder, precision=precision, **{name: manifest[name] for name in kept})
-
-
-def test_products_of_codes_that_weights_are_held_to_are_right_on_every_cpu():
-    assert adds_codes(LARGEST_IN_16_BITS)
-    for device in ("auto", "cpu", "CPU"):
-        fewer = None if adds_codes(127) else LARGEST_IN_16_BITS
-        assert OpenVinoBackend.largest_code(device) == fewer
-    assert OpenVinoBackend.largest_code("gpu") is None
 
 
 def test_a_stage_is_what_its_graph_says(backend):

@@ -69,6 +69,17 @@ def test_a_quantised_layer_is_near_the_float_layer(kind, scheme):
     assert 0 < distance(actual, expected) < CLOSE[scheme.weights]
 
 
+def test_a_convolutions_output_is_rounded_to_whole_steps_of_each_channel():
+    layer, x = make_layer("conv"), inputs("conv")
+    kept = nearest(layer.weight.detach(), Scheme("int8"))
+    plain = quantised_layer(layer, kept)(x).detach()
+    steps = plain.abs().amax((0, 2, 3)) * torch.linspace(0.5, 2, plain.shape[1]) / 127
+    made = quantised_layer(layer, replace(kept, output_scale=steps))(x).detach()
+    codes = (plain / steps[:, None, None]).round().clamp(-128, 127)
+    assert codes.abs().amax() == 128  # half a range cuts some off
+    torch.testing.assert_close(made, codes * steps[:, None, None])
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 def test_weights_and_scales_learn_and_the_error_shrinks(kind, scheme):
