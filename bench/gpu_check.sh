@@ -36,18 +36,33 @@ for wheel in "${WHEELS:-/nonexistent}"/*.whl; do
 done
 failed=0
 
+# Checks first, until they have passed once; then times, whatever the checks said, since most ops may still be right.
 kernels() {
-    local device=cuda argument
+    local device=cuda argument wrong=0
     for argument in "$@"; do [ "$argument" = cpu ] && device=cpu; done
-    echo "== checks on $device"
-    if [ "$device" = cuda ] && "$python" -c "import pytest" 2>/dev/null; then
-        # No conftest of the whole suite: it imports packages that are not needed here.
-        "$python" -m pytest --confcutdir=tests/gpu -q tests/gpu 2>&1 | tee "$out/tests.txt" || return 1
-    else
-        "$python" -m kernel_checks "$device" 2>&1 | tee "$out/tests.txt" || return 1
+    if [ ! -e "$out/tests.done" ]; then
+        checks "$device" && touch "$out/tests.done" || wrong=1
     fi
     echo "== times"
-    "$python" -m tintype_bench.kernels --json "$out/kernels.json" "$@" 2>&1 | tee "$out/kernels.txt"
+    "$python" -m tintype_bench.kernels --json "$out/kernels.json" --resume --time-limit "$((limit - SECONDS))" "$@" 2>&1 |
+        tee -a "$out/kernels.txt"
+    local status=$?
+    return $((status ? status : wrong))
+}
+
+checks() {
+    if [ "$1" = cuda ]; then
+        echo "== compiling, on all cores, what launches would compile one by one"
+        arch="$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')" &&
+            "$python" -m tintype_kernels.ahead_of_time "$arch" --json "$out/ahead-of-time.json" | tail -n 1
+    fi
+    echo "== checks on $1"
+    if [ "$1" = cuda ] && "$python" -c "import pytest" 2>/dev/null; then
+        # No conftest of the whole suite: it imports packages that are not needed here.
+        "$python" -m pytest --confcutdir=tests/gpu -q tests/gpu 2>&1 | tee "$out/tests.txt"
+    else
+        "$python" -m kernel_checks "$1" 2>&1 | tee "$out/tests.txt"
+    fi
 }
 
 # generators NAME TEXT [OPTIONS]: the cases of the gpu suite that have TEXT in their names

@@ -54,11 +54,33 @@ def test_load(benchmark, backend):
 def test_adding_low_rank_updates(benchmark, tmp_path):
     """Of rank 16 to every linear layer of the denoiser's blocks, of postcard or the bundle TINTYPE_BUNDLE."""
     bundle = open_bundle(os.environ.get("TINTYPE_BUNDLE", POSTCARD), check_hashes=False)
-    file = tmp_path / "updates.safetensors"
-    save_file(_updates(bundle, np.random.default_rng(0)), file)
+    file = _updates_file(bundle, tmp_path)
     updated = benchmark(UpdatedWeights, bundle, [Lora(file)])
     changed = sum(len(new) for _, found in updated.stretches.values() for new in found)
     benchmark.extra_info |= {"megabytes": changed / 1e6, "file": file.stat().st_size / 1e6}
+
+
+@pytest.mark.skipif(
+    "TINTYPE_ENGINES" not in os.environ,
+    reason="TINTYPE_ENGINES names a bundle of engines without weights for this machine's GPU",
+)
+@pytest.mark.parametrize("updated", [False, True], ids=["filled", "updated"])
+def test_engines_without_weights_from_nothing_to_a_picture(benchmark, tmp_path, updated):
+    """One step: engines are read, filled with the bundle's weights or updated ones, and run once."""
+    bundle = open_bundle(os.environ["TINTYPE_ENGINES"])
+    how = {"lora": _updates_file(bundle, tmp_path)} if updated else {}
+
+    def picture():
+        pipe = tintype.load(bundle.folder, backend="tensorrt", **how)
+        return pipe("a red boat", num_inference_steps=1, seed=0, output_type="np")
+
+    benchmark.pedantic(picture, rounds=5, warmup_rounds=1)
+
+
+def _updates_file(bundle, folder):
+    file = folder / "updates.safetensors"
+    save_file(_updates(bundle, np.random.default_rng(0)), file)
+    return file
 
 
 def _updates(bundle, rng):

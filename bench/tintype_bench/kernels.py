@@ -2,7 +2,9 @@
 
 Forms: ours; PyTorch eager; `torch.compile(mode="max-autotune-no-cudagraphs")`; and the libraries that an op's file
 names in `LIBRARIES`. Each row says how far it is from the copy bandwidth that was measured first, counting each
-tensor once, and where the op's file has `flops`, how many TFLOP/s it reached.
+tensor once, and where the op's file has `flops`, how many TFLOP/s it reached. What the compiler makes is timed last:
+max-autotune takes longer over it than all the others take together. A status of 75 says that --time-limit came first;
+`--resume` goes on from the rows that are in --json.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -32,21 +35,45 @@ FORMS = ("ours", "eager", "compiled", "library")
 Row = dict[str, Any]
 
 
-def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """A row for each case and form; a form that fails says why instead of a time."""
-    bandwidth = copy_bandwidth(options.device, options.runs)
-    yield {"op": "copy", "case": "1 GiB", "form": "limit", "gigabytes_per_second": bandwidth / 1e9}
-    for module in op_modules():
-        name = _name(module)
-        if options.op and name not in options.op:
-            continue
+def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
+    """A row for each case and form that is not `known`; a form that fails says why instead of a time."""
+    limit = next((row for row in known if row["form"] == "limit"), None)
+    if limit is None:
+        limit = _limit(options)
+        yield limit
+    found = {_key(row) for row in known}
+    for forms in (set(options.form) - {"compiled"}, set(options.form) & {"compiled"}):
         for batch in options.batch:
-            for case, arguments in _cases(module, batch, options):
-                about = {"op": name, "case": case, "batch": batch, "dtype": options.dtype}
-                for form, call, implementation in _forms(module, options):
-                    with _forced(implementation if options.device == "cuda" else ""):
-                        timed = _timed(call, arguments, module, bandwidth, options)
-                    yield {**about, "form": form, **timed}
+            for module in op_modules():
+                if not options.op or _name(module) in options.op:
+                    yield from _of_op(module, batch, forms, limit, found, options)
+
+
+def _limit(options: argparse.Namespace) -> Row:
+    bandwidth = copy_bandwidth(options.device, options.runs)
+    return {"op": "copy", "case": "1 GiB", "form": "limit", "gigabytes_per_second": bandwidth / 1e9}
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("op", "case", "batch", "dtype", "form"))
+
+
+def _of_op(
+    module: ModuleType,
+    batch: int,
+    forms: set[str],
+    limit: Row,
+    found: set[tuple[Any, ...]],
+    options: argparse.Namespace,
+) -> Iterator[Row]:
+    bandwidth = 1e9 * limit["gigabytes_per_second"]
+    for case, arguments in _cases(module, batch, options):
+        for form, call, implementation in _forms(module, forms, options.device):
+            row = {"op": _name(module), "case": case, "batch": batch, "dtype": options.dtype}
+            row["form"] = form
+            if _key(row) not in found:
+                with _forced(implementation if options.device == "cuda" else ""):
+                    yield {**row, **_timed(call, arguments, module, bandwidth, options)}
 
 
 def _forced(implementation: str) -> AbstractContextManager[Any]:
@@ -73,16 +100,15 @@ def _cases(
 
 
 def _forms(
-    module: ModuleType, options: argparse.Namespace
+    module: ModuleType, wanted: set[str], device: str
 ) -> Iterator[tuple[str, Callable[..., Any], str]]:
     """Names, calls, and the implementation that each is to take on a GPU."""
-    wanted = options.form
     function = getattr(module, _name(module))
     plain = getattr(module, "baseline", function.reference)
     if "ours" in wanted:
         yield "ours", function, "triton"
         variants = getattr(getattr(module, "FORWARD", None), "variants", ())
-        for variant in variants if options.device == "cuda" else ():
+        for variant in variants if device == "cuda" else ():
             yield variant.replace("triton_", "ours, "), function, variant
     if "eager" in wanted:
         yield "eager", plain, ""
@@ -148,7 +174,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=50, help="timed runs of each")
     parser.add_argument("--limit", type=int, help="at most so many cases of an op")
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows and the conditions")
+    parser.add_argument("--resume", action="store_true", help="go on from the rows in --json")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop behind it")
     options = parser.parse_args(arguments)
+    if options.resume and options.json is None:
+        parser.error("--resume goes on from a report; name it with --json")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU; --device cpu runs a smoke test")
     return options
@@ -159,14 +189,26 @@ def main(arguments: list[str] | None = None) -> int:
     surroundings = conditions()
     if options.device == "cuda":
         surroundings["device"] = torch.cuda.get_device_name()
-    rows = []
-    for row in measure(options):
+    begun = time.monotonic()
+    rows = _known(options.json) if options.resume else []
+    for row in measure(options, [*rows]):
         print(line(row), flush=True)
         rows.append(row)
         if options.json:  # after each row, so that a run that is cut short is not lost
             report = {"suite": "kernels", "rows": rows, **benchmarks(rows, surroundings)}
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if options.time_limit is not None and time.monotonic() - begun > options.time_limit:
+            print("not at the end; run the same command with --resume to go on", flush=True)
+            return 75
     return 0
+
+
+def _known(path: Path) -> list[Row]:
+    """The rows that a stopped run left."""
+    if not path.is_file():
+        return []
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def run_suite(options: argparse.Namespace) -> None:

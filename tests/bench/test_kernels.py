@@ -42,6 +42,19 @@ def test_every_form_has_a_row_with_its_share_of_the_bandwidth(tmp_path, monkeypa
         assert row["percent_of_copy"] == pytest.approx(100 * share)
 
 
+def test_a_run_that_is_cut_short_goes_on_and_compiles_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_timed", lambda *_: {"failed": "not timed"})
+    command = [*SMOKE, "--op", "geglu", "gate_residual", "--json", str(tmp_path / "kernels.json")]
+    assert kernels.main([*command, "--time-limit", "0"]) == 75
+    found = []
+    while kernels.main([*command, "--time-limit", "0", "--resume"]) == 75:
+        rows = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["rows"]
+        assert len(rows) == 2 + len(found)
+        found.append((rows[-1]["op"], rows[-1]["form"]))
+    plain = [(op, form) for op in ("gate_residual", "geglu") for form in ("ours", "eager")]
+    assert found == [*plain, ("gate_residual", "compiled"), ("geglu", "compiled")]
+
+
 def test_a_form_that_fails_says_so_and_the_others_go_on(monkeypatch, capsys):
     monkeypatch.setenv("TINTYPE_KERNELS", "native")
     assert kernels.main([*SMOKE, "--form", "ours", "eager", "--op", "geglu"]) == 0
