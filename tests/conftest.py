@@ -6,6 +6,9 @@ import os
 
 # Triton reads it once, when an op's file is first imported; "auto" never runs what is interpreted.
 os.environ["TRITON_INTERPRET"] = "1"
+# Processes that share the cores would only wait for each other's threads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

@@ -70,7 +70,7 @@ def cpu() -> Iterator[Case]:
     unet = (*ours("torch", "bf16"), *_OWN_GRAPHS, *eight_bits)
     unet += (_COMPILED_SOON, Runner("diffusers", "bf16"), _OPENVINO, _ORT)
     yield Case("sd15", 512, 512, 2, 1, 7.5, unet, component="denoise", in_turn=True)
-    whole = (*ours("openvino", "bf16", "int8"), _COMPILED_SOON)
+    whole = (*ours("openvino", "bf16", "int8"), *ours("onnxruntime", "int8"), _COMPILED_SOON)
     whole += (Runner("diffusers", "bf16"), _OPENVINO)
     yield Case("sd15", 512, 512, 1, 4, 7.5, whole, in_turn=True)
     yield Case("postcard", 128, 128, 1, 20, 4.0, (*_OWN_GRAPHS, _COMPILED, _OPENVINO))
