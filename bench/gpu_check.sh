@@ -51,6 +51,7 @@ kernels() {
 }
 
 checks() {
+    local arch
     if [ "$1" = cuda ]; then
         echo "== compiling, on all cores, what launches would compile one by one"
         arch="$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')" &&

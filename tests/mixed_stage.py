@@ -100,7 +100,7 @@ def write_mixed(root, scheme, dtype=torch.float32):
     stored = stored_tensors(root, Weights((root / WEIGHTS,)))
     weights = {f"unet.{name}": each for name, each in stored.items()}
     model = trace(stage.to(dtype), make_inputs())
-    quantise_graph(model, root, weights)
+    quantise_graph(model, weights)
     point_to_weights(model, weights)
     save(model, root / GRAPH)
     stage.float().unet.load_state_dict(

@@ -317,7 +317,7 @@ def _write_graphs(
             arrays = example_inputs(checkpoint, module.inputs, stage, profile)
             model = trace(module, {name: torch.from_numpy(array) for name, array in arrays.items()})
             fitted = _fit_target(model, weights, config.target)
-            quantise_graph(model, root, fitted)
+            quantise_graph(model, fitted)
             point_to_weights(model, fitted)
             relative = f"{under}{stage}/{profile}.onnx"
             save(model, root / relative)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -30,12 +29,12 @@ _ZEROS = {
 }
 
 
-def quantise_graph(model: ir.Model, root: Path, weights: Mapping[str, StoredTensor]) -> None:
+def quantise_graph(model: ir.Model, weights: Mapping[str, StoredTensor]) -> None:
     """Make every layer that ``weights`` holds codes of read those, and its input rounded where there is a scale for it.
 
-    ``weights`` are the component's tensors under the graph's names, in files relative to ``root``.
+    ``weights`` are the component's tensors under the graph's names.
     """
-    graph = _Graph(model.graph, root, weights)
+    graph = _Graph(model.graph, weights)
     for name in [name.removesuffix(_SCALE) for name in weights if name.endswith(_SCALE)]:
         if f"{name}.weight" in model.graph.initializers:  # not every model uses all that it has
             graph.quantise(name)
@@ -44,9 +43,8 @@ def quantise_graph(model: ir.Model, root: Path, weights: Mapping[str, StoredTens
 class _Graph:
     """A graph under change."""
 
-    def __init__(self, graph: ir.Graph, root: Path, weights: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, graph: ir.Graph, weights: Mapping[str, StoredTensor]) -> None:
         self.graph = graph
-        self.root = root
         self.weights = weights
         self.first = graph[0]
 

@@ -31,9 +31,6 @@ _DAMPING = 0.01  # of the mean diagonal, as in the paper
 _COLUMNS = 128  # that are rounded before the rest is made good at once; every group divides it
 _SMOOTHING = 0.5  # SmoothQuant's exponent
 _WORTH_SMOOTHING = 0.5  # of the plain form's squared error: it costs a product an input
-_HEADROOM = (
-    1.25  # over the largest output of a channel: few prompts do not show all that it can give
-)
 _DEVIATIONS = 6  # of a channel's outputs that are not cut off
 _LEAST_CHANNEL = 1e-3  # of the largest; one that was silent in calibration may speak up later
 _LARGEST_INVERSE = 8192  # columns; above, the inverse costs more than it is worth

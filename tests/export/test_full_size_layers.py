@@ -90,7 +90,7 @@ def exported(stage, inputs, folder, scheme=None):
     del state
     weights = stored_tensors(folder, Weights((folder / WEIGHTS,)))
     model = trace(stage, inputs)
-    quantise_graph(model, folder, weights)
+    quantise_graph(model, weights)
     point_to_weights(model, weights)
     save(model, folder / "denoise" / "b1.onnx")
     stages, described = {"denoise": {"b1": "denoise/b1.onnx"}}, {WEIGHTS: {}, "denoise/b1.onnx": {}}
