@@ -68,8 +68,8 @@ def multiplies_codes() -> bool:
     """Whether the CPU adds up products of int8 in one instruction, as x86 does with VNNI; yes where nothing tells."""
     if find_spec("onnxruntime") is None:
         return True
+    from tintype.backends.codes import LARGEST_CODE
     from tintype.backends.onnxruntime import adds_codes
-    from tintype.backends.updated_weights import LARGEST_CODE
 
     return adds_codes(LARGEST_CODE)
 

@@ -11,9 +11,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tintype.backends import Arrays
+from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import graph_file, read_graph
-from tintype.backends.updated_weights import LARGEST_CODE, LARGEST_IN_16_BITS
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype.protobuf import counted, sized
@@ -47,7 +47,7 @@ class OnnxRuntimeBackend:
     def largest_code(device: str) -> int | None:
         """What codes of weights may be at most for this device to add their products up; None where all may."""
         on_cpu = _provider(device) == _PROVIDERS["cpu"]
-        return None if not on_cpu or adds_codes(LARGEST_CODE) else LARGEST_IN_16_BITS
+        return largest_code_on_cpu(adds_codes) if on_cpu else None
 
     def __init__(
         self,
@@ -160,7 +160,6 @@ def _provider(device: str) -> str:
     return _PROVIDERS[name]
 
 
-_SIDE = 64  # of a product that is large enough to be computed as one in a model is
 _INT8, _INT32, _UINT8 = 3, 6, 2  # as onnx.proto numbers types
 
 
@@ -168,17 +167,17 @@ _INT8, _INT32, _UINT8 = 3, 6, 2  # as onnx.proto numbers types
 def adds_codes(largest: int) -> bool:
     """Whether this CPU gets a product of codes right whose weights are so large: tried, as nothing tells."""
     session = ort.InferenceSession(_product_of_codes(), providers=[_PROVIDERS["cpu"]])
-    inputs = np.full((_SIDE, _SIDE), 255, np.uint8)
-    weights = np.full((_SIDE, _SIDE), largest, np.int8)
+    inputs = np.full((SIDE, SIDE), 255, np.uint8)
+    weights = np.full((SIDE, SIDE), largest, np.int8)
     (found,) = session.run(None, {"inputs": inputs, "weights": weights})
-    return bool((found == _SIDE * 255 * largest).all())
+    return bool((found == SIDE * 255 * largest).all())
 
 
 def _product_of_codes() -> bytes:
     """A model of one node; the numbers are those that onnx.proto gives the fields."""
 
     def value(name: str, kind: int) -> bytes:
-        shape = sized(2, 2 * sized(1, counted(1, _SIDE)))
+        shape = sized(2, 2 * sized(1, counted(1, SIDE)))
         return sized(1, name.encode()) + sized(2, sized(1, counted(1, kind) + shape))
 
     names = sized(1, b"inputs") + sized(1, b"weights") + sized(2, b"sums")

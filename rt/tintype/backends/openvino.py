@@ -14,10 +14,10 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from tintype.backends import Arrays, OnHost
+from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import WHOLE_STEPS, MappedWeights, graph_file, read_graph
 from tintype.backends.onnx_weights import output_names, read_from_memory
-from tintype.backends.updated_weights import LARGEST_CODE, LARGEST_IN_16_BITS
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype_kernels.cache import cache_folder
@@ -80,7 +80,7 @@ class OpenVinoBackend(OnHost):
     def largest_code(device: str) -> int | None:
         """What codes of weights may be at most for this device to add their products up; None where all may."""
         on_cpu = device.lower() in ("auto", "cpu")
-        return None if not on_cpu or adds_codes(LARGEST_CODE) else LARGEST_IN_16_BITS
+        return largest_code_on_cpu(adds_codes) if on_cpu else None
 
     def __init__(
         self,
@@ -169,9 +169,6 @@ class OpenVinoBackend(OnHost):
         return name
 
 
-_SIDE = 64  # of a product that is large enough to be computed as one in a model is
-
-
 def _unround_convolutions(model: ov.Model) -> None:
     """Leave what convolutions give unrounded: that serves runtimes that convolve codes to codes alone.
 
@@ -192,15 +189,15 @@ def adds_codes(largest: int) -> bool:
     """Whether this CPU gets a product of int8 codes right whose weights are so large: tried, as nothing tells."""
     from openvino import opset13 as ops
 
-    given = ops.parameter([_SIDE, _SIDE], np.float32)
+    given = ops.parameter([SIDE, SIDE], np.float32)
     bounds = [np.float32(bound) for bound in (-128, 127, -128, 127)]
     codes = ops.fake_quantize(given, *bounds, 256)
-    weight = ops.convert(ops.constant(np.full((_SIDE, _SIDE), largest, np.int8)), np.float32)
-    scaled = ops.multiply(weight, ops.constant(np.ones((_SIDE, 1), np.float32)))
+    weight = ops.convert(ops.constant(np.full((SIDE, SIDE), largest, np.int8)), np.float32)
+    scaled = ops.multiply(weight, ops.constant(np.ones((SIDE, 1), np.float32)))
     product = ov.Model([ops.matmul(codes, scaled, False, True)], [given])
     run = ov.Core().compile_model(product, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    (found,) = run([np.full((_SIDE, _SIDE), 127, np.float32)]).values()
-    return bool((found == _SIDE * 127 * largest).all())
+    (found,) = run([np.full((SIDE, SIDE), 127, np.float32)]).values()
+    return bool((found == SIDE * 127 * largest).all())
 
 
 def _device(wanted: str, present: list[str]) -> str:

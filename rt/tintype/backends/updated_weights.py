@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tintype.backends.codes import LARGEST_CODE
 from tintype.backends.onnx_weights import ExternalTensor, external_tensors
 from tintype.bundle import DTYPES, Bundle
 from tintype.checkpoints import open_checkpoint
@@ -23,9 +24,6 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 _PRECISIONS = (*DTYPES, "int8")
-LARGEST_CODE = 127
-# An x86 CPU without VNNI adds two products, of an input's 8 bits and a weight's, in 16: 2 * 255 * 64 still fits.
-LARGEST_IN_16_BITS = 64
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I8": np.int8}
 
 

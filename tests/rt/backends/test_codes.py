@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from tintype.backends.updated_weights import LARGEST_CODE, LARGEST_IN_16_BITS
+from tintype.backends.codes import LARGEST_CODE, LARGEST_IN_16_BITS
 
 BACKENDS = {"onnxruntime": "OnnxRuntimeBackend", "openvino": "OpenVinoBackend"}
 
