@@ -16,10 +16,8 @@ from tintype_export.qdq import quantise_graph
 from tintype_export.quantisation import layer_tensors
 from tintype_export.storage import HIGH
 
-FACTORS = (
-    "to_q",
-    "to_k",
-)  # whose outputs are rounded, too, where inputs are; a convolution's are in int8 alone
+# Whose outputs are rounded, too, where inputs are; a convolution's are in int8 alone.
+FACTORS = ("to_q", "to_k")
 GRAPH = "denoise/6x5-b2.onnx"
 WEIGHTS = "weights/unet.safetensors"
 SCHEMES = {

@@ -80,25 +80,25 @@ class _Graph:
 
     def _dequantised(self, layer: str, codes: StoredTensor, **attributes: int) -> ir.Value:
         """The weight that stored codes stand for, or that in steps of its output, made at the graph's beginning."""
-        name, scale = f"{layer}.weight", self.weights[f"{layer}{_SCALE}"]
-        scales = self._in_steps(self._initializer(external(f"{name}_scale", scale)), layer)
+        name = f"{layer}.weight"
+        scales = self._in_steps(self._stored(f"{layer}{_SCALE}"), layer)
         inputs = [self._initializer(external(f"{name}.codes", codes)), scales]
         if codes.dtype == ir.DataType.INT8 and f"{layer}{_INPUT_SCALE}" in self.weights:
             zeros = np.zeros(codes.shape[0], np.int8)
             inputs.append(self._initializer(ir.tensor(zeros, name=f"zeros.{zeros.size}")))
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}.dequantised")
-        return self._begin(node, scale.dtype, codes.shape)
+        return self._begin(node, self.weights[f"{layer}{_SCALE}"].dtype, codes.shape)
 
     def _round_input(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
         """Let a product read its first input through 8 bits, where the layer has a scale for that."""
-        stored, x = self.weights.get(f"{layer}{_INPUT_SCALE}"), product.inputs[0]
-        if stored is None or x is None:
+        x = product.inputs[0]
+        if f"{layer}{_INPUT_SCALE}" not in self.weights or x is None:
             return
-        if (smoothing := self.weights.get(f"{layer}.smoothing")) is not None:
-            factors = self._initializer(external(f"{layer}.smoothing", smoothing))
+        if f"{layer}.smoothing" in self.weights:
+            factors = self._stored(f"{layer}.smoothing")
             node = ir.node("Mul", [x, factors], name=f"{layer}.smoothed")
             x = self._follow(x, node, x.dtype)
-        scale = self._initializer(external(f"{layer}{_INPUT_SCALE}", stored))
+        scale = self._stored(f"{layer}{_INPUT_SCALE}")
         product.replace_input_with(0, self._rounded(x, f"{layer}.input", scale, kind))
 
     def _round_output(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
@@ -107,15 +107,14 @@ class _Graph:
         if stored is None:
             return
         (output,) = product.outputs
+        users = [node for node, _ in output.uses()]
+        if not stored.shape and len(users) == 1 and users[0].op_type == "Add":
+            (output,) = users[0].outputs  # a convolution adds its bias itself
+        readers = list(output.uses())
         if stored.shape:
-            readers = list(output.uses())
             rounded = self._rounded_steps(product, layer, stored, kind)
         else:
-            users = [node for node, _ in output.uses()]
-            if len(users) == 1 and users[0].op_type == "Add":
-                (output,) = users[0].outputs
-            readers = list(output.uses())
-            scale = self._initializer(external(f"{layer}{OUTPUT_SCALE}", stored))
+            scale = self._stored(f"{layer}{OUTPUT_SCALE}")
             rounded = self._rounded(output, f"{layer}.output", scale, kind)
         for node, index in readers:
             node.replace_input_with(index, rounded)
@@ -124,14 +123,15 @@ class _Graph:
         self, product: ir.Node, layer: str, stored: StoredTensor, kind: ir.DataType
     ) -> ir.Value:
         """A convolution's output in whole steps of each channel, the weight being so already, times those."""
-        if (bias := product.inputs[2]) is not None:
-            product.replace_input_with(2, self._in_steps(bias, layer))
+        for index, bias in enumerate(product.inputs[2:], start=2):
+            assert bias is not None
+            product.replace_input_with(index, self._in_steps(bias, layer))
         (output,) = product.outputs
         name = f"one.{stored.dtype.name.lower()}"
         one = self._initializer(ir.tensor(np.ones((), stored.dtype.numpy()), name=name))
         whole = self._rounded(output, f"{layer}{WHOLE_STEPS}", one, kind)
-        steps = self._initializer(external(f"{layer}{OUTPUT_SCALE}", stored))
         shape = self._initializer(ir.tensor(np.array((-1, 1, 1)), name="shape.channels"))
+        steps = self._stored(f"{layer}{OUTPUT_SCALE}")
         node = ir.node("Reshape", [steps, shape], name=f"{layer}.output.step")
         step = self._begin(node, stored.dtype, (*stored.shape, 1, 1))
         node = ir.node("Mul", [whole, step], name=f"{layer}.output")
@@ -142,7 +142,7 @@ class _Graph:
         stored = self.weights.get(f"{layer}{OUTPUT_SCALE}")
         if stored is None or not stored.shape:
             return values
-        steps = self._initializer(external(f"{layer}{OUTPUT_SCALE}", stored))
+        steps = self._stored(f"{layer}{OUTPUT_SCALE}")
         node = ir.node("Div", [values, steps], name=f"{values.name}.in_steps")
         return self._begin(node, stored.dtype, stored.shape)
 
@@ -153,6 +153,10 @@ class _Graph:
         codes = self._follow(x, node, kind)
         node = ir.node("DequantizeLinear", [codes, scale, zero], name=name)
         return self._follow(codes, node, x.dtype)
+
+    def _stored(self, name: str) -> ir.Value:
+        """One of the component's tensors, by its own name."""
+        return self._initializer(external(name, self.weights[name]))
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         assert tensor.name is not None

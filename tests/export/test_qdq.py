@@ -112,6 +112,7 @@ def test_codes_are_read_back_as_they_were_written(written):
         assert torch.equal(back[name].codes.float(), kept.codes.float())
         assert torch.equal(back[name].weight_scale, kept.weight_scale)
         assert (back[name].smoothing is None) == (kept.smoothing is None)
+        assert (back[name].output_scale is None) == (kept.output_scale is None)
         if kept.output_scale is not None:
             assert torch.equal(back[name].output_scale, kept.output_scale)
 
