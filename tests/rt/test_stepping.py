@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import tintype
+from tintype import guidance
 from tintype.families.stepping import step_row
 from tintype.schedulers import make_table
 from tiny_bundle import SCHEDULER
@@ -60,7 +62,7 @@ def test_every_scheduler_gives_what_the_plain_denoiser_gives(pipes, scheduler):
 
 def test_guidance_in_an_interval_takes_both_stages(pipes):
     (whole, backend), (plain, _) = pipes
-    scale = tintype.guidance.interval(5.0, 0.3, 0.7)
+    scale = guidance.interval(5.0, 0.3, 0.7)
     made = [pipe("a red boat", guidance_scale=scale, **REQUEST).images for pipe in (whole, plain)]
     assert relative_error(*made) < 100 * TINY_GRAPH
     steps = [stage for stage in backend.ran if "step" in stage]
@@ -75,6 +77,42 @@ def test_latents_are_fetched_once_unless_a_callback_looks(pipes):
     pipe("a", callback_on_step_end=lambda step, total, x: seen.append(x.shape), **REQUEST)
     assert seen == [(1, 4, 4, 4)] * 6
     assert backend.fetched == 8
+
+
+class Overflowing(Backend):
+    """Gives NaN until it is watched, as a GPU's does in 16 bits; then it can do better, or cannot."""
+
+    def __init__(self, inner, *, helps):
+        super().__init__(inner)
+        self.watched, self.helps = set(), helps
+
+    def run_placed(self, stage, profile, inputs):
+        if self.helps and stage in self.watched:
+            return super().run_placed(stage, profile, inputs)
+        self.ran.append(stage)
+        return {f"next_{n}": torch.full_like(inputs[n], torch.nan) for n in ("sample", "history")}
+
+    def watch(self, stage):
+        self.watched.add(stage)
+        return self.helps
+
+
+@pytest.mark.parametrize("scheduler", ["euler_ancestral", "dpmpp_2m_sde"])
+def test_latents_that_overflow_are_walked_again_with_the_same_noise(saved, scheduler):
+    pipe = tintype.load(saved("sd1"), batch_invariant=False)
+    asked = {**REQUEST, "scheduler": scheduler, "guidance_scale": guidance.interval(5.0, 0.3, 0.7)}
+    backend = Overflowing(pipe.family.backend, helps=True)
+    made = with_backend(pipe, backend)("a red boat", **asked).images
+    assert backend.watched == {"step", "guided_step"}
+    np.testing.assert_array_equal(made, pipe("a red boat", **asked).images)
+
+
+def test_latents_that_nothing_helps_are_walked_once_and_refused(saved):
+    pipe = tintype.load(saved("sd1"), batch_invariant=False)
+    backend = Overflowing(pipe.family.backend, helps=False)
+    with pytest.raises(tintype.TintypeError, match="denoise gave NaN or infinity within 6 steps"):
+        with_backend(pipe, backend)("a red boat", **REQUEST)
+    assert backend.ran.count("guided_step") == REQUEST["num_inference_steps"]
 
 
 def test_a_mask_and_guidance_that_is_not_linear_take_the_plain_denoiser(pipes):

@@ -45,12 +45,25 @@ class Backend(Protocol):
     def run_placed(self, stage: str, profile: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run a stage on placed arrays; what it gives is placed, too, and need not be there yet."""
 
+    def watch(self, stage: str) -> bool:
+        """Look at every result of `run_placed` from now on, and run again in float32 what is not finite.
+
+        Tells whether that can change anything: False where it is looked at already, or there is nothing wider.
+        """
+
     def fetch(self, placed: Any) -> NDArray[np.float32]:
         """A placed array as numpy's."""
 
 
-class OnHost:
-    """Placed arrays of a backend that computes where numpy's arrays are."""
+class OneType:
+    """A backend whose stages are computed in one type alone."""
+
+    def watch(self, stage: str) -> bool:
+        return False
+
+
+class OnHost(OneType):
+    """Placed arrays of a backend of one type that computes where numpy's arrays are."""
 
     def place(self, array: NDArray[Any]) -> Any:
         return array

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tintype.backends import Arrays
+from tintype.backends import Arrays, OneType
 from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import graph_file, read_graph
@@ -35,7 +35,7 @@ _ARRAYS = {1: np.float32, 3: np.int8, 10: np.float16, 16: np.uint16}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(OneType):
     """One session a (stage, profile), made once, at its first use, shared by all threads.
 
     With `batch_invariant` (None: on CPU) every picture goes through the same profile by itself.

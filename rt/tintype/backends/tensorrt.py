@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tintype.backends import Arrays
+from tintype.backends import Arrays, OneType
 from tintype.backends.compiled import Compiled
 from tintype.backends.cuda_driver import Device
 from tintype.backends.graphs import graph_file, read_graph
@@ -94,7 +94,7 @@ class _Engine:
     kernels: _Kernels | None
 
 
-class TensorRtBackend:
+class TensorRtBackend(OneType):
     """One engine a (stage, profile), shared by all threads, which take turns on the GPU.
 
     `device` is auto, cuda or cuda:N. With `batch_invariant` every picture goes through the same profile by itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,6 +47,8 @@ _CODES: dict[str, dict[str, Any]] = {
     "fp8": {"activations": "dynamic"},
     "int4": {"group": 64},
 }
+# Inputs of a stage, of the same rows, to its outputs.
+RunRows = Callable[[str, list[Tensor]], tuple[Tensor, ...]]
 # SDXL's decoder reaches a few times float16's limit; a power of two keeps normal weights exact.
 _RESIDUAL_SCALE = 16.0
 
@@ -88,6 +90,8 @@ class TorchBackend:
         self.batch_invariant = (
             self.device.type == "cpu" if batch_invariant is None else batch_invariant
         )
+        self._waits = self.device.type != "cuda"  # whether a call ends with its result
+        self._watched: set[str] = set()
         self._fitting: dict[str, int] = {}  # most rows of a stage that fitted where more did not
         self._stages: dict[tuple[str, torch.dtype], Stage] = {}
         self._components: dict[tuple[str, torch.dtype], nn.Module] = {}
@@ -118,36 +122,44 @@ class TorchBackend:
         if isinstance(module, TextEncodeStage):
             _check_ids(stage, inputs["input_ids"], module.encoder.config.vocab_size)
         placed = {name: self.place(inputs[name]) for name in module.inputs}
-        outputs = self.run_placed(stage, profile, placed)
+        outputs = self._run(stage, placed, self._run_watched)
         return {name: self.fetch(tensor) for name, tensor in outputs.items()}
 
     def place(self, array: NDArray[Any]) -> Tensor:
-        return torch.tensor(array, device=self.device)
+        """A copy; a GPU takes it from pinned memory, for which nobody waits."""
+        copy = torch.tensor(array)
+        return copy if self._waits else copy.pin_memory().to(self.device, non_blocking=True)
 
     def run_placed(
         self, stage: str, profile: str, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Of a GPU's results none is waited for to see whether it is finite, unless the stage is watched."""
+        watched = self._waits or stage in self._watched
+        return self._run(stage, inputs, self._run_watched if watched else self._run_unseen)
+
+    def watch(self, stage: str) -> bool:
+        known = self._waits or stage in self._watched
+        self._watched.add(stage)
+        return not known
+
+    def _run(
+        self, stage: str, inputs: Mapping[str, Tensor], run_rows: RunRows
     ) -> dict[str, Tensor]:
         module = self._stage(stage, self.dtype)
         tensors = [inputs[name] for name in module.inputs]
         rows = len(tensors[0])
         size = 1 if self.batch_invariant else min(rows, self._fitting.get(stage, rows))
         try:
-            parts = self._run_parts(stage, tensors, size)
+            parts = _in_parts(run_rows, stage, tensors, size)
         except torch.OutOfMemoryError as error:
             size = self._halved(stage, size, error)
-            parts = self._run_parts(stage, tensors, size)
-        outputs = (torch.cat(column) for column in zip(*parts, strict=True))
+            parts = _in_parts(run_rows, stage, tensors, size)
+        outputs = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         return dict(zip(module.outputs, outputs, strict=True))
 
     def fetch(self, placed: Tensor) -> NDArray[np.float32]:
         array: NDArray[np.float32] = placed.cpu().numpy()
         return array
-
-    def _run_parts(self, stage: str, tensors: list[Tensor], size: int) -> list[tuple[Tensor, ...]]:
-        rows = len(tensors[0])
-        return [
-            self._run_rows(stage, [t[i : i + size] for t in tensors]) for i in range(0, rows, size)
-        ]
 
     def _halved(self, stage: str, size: int, error: Exception) -> int:
         """Half as many rows at a time, from now on; an error where there is no half."""
@@ -169,7 +181,11 @@ class TorchBackend:
         )
         return smaller
 
-    def _run_rows(self, stage: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _run_unseen(self, stage: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run rows together."""
+        return self._call(stage, self.dtype, inputs)
+
+    def _run_watched(self, stage: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run rows together; those that overflow 16 bits run again in float32."""
         outputs = self._call(stage, self.dtype, inputs)
         bad = ~_finite_rows(outputs)
@@ -231,6 +247,10 @@ class TorchBackend:
                 loaded = load_component(self.checkpoint, name, dtype, self.device)
             else:
                 loaded = load_component(self.checkpoint, name, self._waiting_type(name, dtype))
+            if (
+                self.device.type == "cuda"
+            ):  # tensor cores convolve channels-last; the weights' layout spreads
+                loaded = loaded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self._components[name, dtype] = self._rounded(name, loaded)
         return self._components[name, dtype]
 
@@ -248,6 +268,13 @@ class TorchBackend:
         from tintype.models.quantised import Scheme, round_linears  # imports every kernel
 
         return round_linears(component, Scheme(self._codes, **_CODES[self._codes]))
+
+
+def _in_parts(
+    run_rows: RunRows, stage: str, tensors: list[Tensor], size: int
+) -> list[tuple[Tensor, ...]]:
+    rows = len(tensors[0])
+    return [run_rows(stage, [t[i : i + size] for t in tensors]) for i in range(0, rows, size)]
 
 
 def load_component(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,28 @@ class Stepper:
     ) -> Floats:
         """Run every row of the table on x [n, c, h, w] of pictures that differ in text, seed and x alone.
 
-        Where only a larger batch was built, the last picture fills it up.
+        Where only a larger batch was built, the last picture fills it up. No step waits for the one before to look at
+        it: latents that are not finite at the end are walked again, watched, by a backend that can then do better.
         """
+        again = replace(noise)
+        result = self._walked(request, table, x, noise, texts, guidance, on_step)
+        if not np.isfinite(result).all():
+            helps = [self.backend.watch(stage) for stage in stages(guidance)]
+            if any(helps):
+                result = self._walked(request, table, x, again, texts, guidance, on_step)
+        require_finite("denoise", result, f" within {len(table)} steps")
+        return result
+
+    def _walked(
+        self,
+        request: ImageRequest,
+        table: Table,
+        x: Floats,
+        noise: StepNoise,
+        texts: Sequence[Texts],
+        guidance: Guidance,
+        on_step: OnStep,
+    ) -> Floats:
         profile = self.profile(request, table, guidance, len(x))
         assert profile is not None
         which = np.minimum(np.arange(profile.batch), len(x) - 1)
@@ -84,9 +104,7 @@ class Stepper:
             outputs = self.backend.run_placed(stage, profile.name, inputs | told[stage])
             latents, history = outputs["next_sample"], outputs["next_history"]
             on_step(partial(self._fetch, latents, count))
-        result = self._fetch(latents, count)
-        require_finite("denoise", result, f" within {len(table)} steps")
-        return result
+        return self._fetch(latents, count)
 
     def _serves(self, request: ImageRequest, table: Table, guidance: Guidance) -> bool:
         """Whether these stages are there, and can do what is asked."""
