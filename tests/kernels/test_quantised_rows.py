@@ -35,12 +35,21 @@ def _modulated(b, t, c):
     return normal(b, t, c, mean=0.4), normal(b, c), normal(b, 1, c)
 
 
+def _activated_beside(before, x, scheme="int8"):
+    return activate_quantized(x, scheme, "gelu_tanh", before)
+
+
+def _beside(before, x):
+    return torch.cat([before, ACTIVATIONS["gelu_tanh"](x)], -1)
+
+
 # by name: the fused op, the op that it fuses, arguments; rows that fill no block, one of them wider than a tile
 FUSED = {
     "layer_norm_modulate": (layer_norm_modulate_quantized, layer_norm_modulate, _modulated(2, 11, 150)),
     "layer_norm_modulate, wide": (layer_norm_modulate_quantized, layer_norm_modulate, _modulated(2, 3, 4100)),
     "geglu": (geglu_quantized, geglu, (normal(2, 3, 2 * 1030, spread=2),)),
     "none": (activate_quantized, ACTIVATIONS["none"], (normal(2, 7, 300),)),
+    "beside": (_activated_beside, _beside, (normal(2, 7, 48), normal(2, 7, 300, spread=2))),
 }  # fmt: skip
 ACTIVATED = {
     name: (partial(activate_quantized, activation=name), function, (normal(2, 5, 70, spread=2),))
@@ -139,7 +148,8 @@ def test_torch_accepts_the_ops(scheme, monkeypatch):
     for fused, _, arguments in FUSED.values():
         rows = fused(*(a.float() for a in arguments), scheme=scheme)
         linear(rows, quantize(normal(16, rows.shape[-1])), normal(16).float())
-    assert len({op.name for op, _ in calls}) == len({f for f, *_ in FUSED.values()}) + 1
+    writers = {"layer_norm_modulate_quantized", "geglu_quantized", "activate_quantized"}
+    assert {op.name for op, _ in calls} == writers | {"quantized_rows_linear"}
     for op, inputs in calls:
         torch.library.opcheck(getattr(torch.ops.tintype, op.name).default, inputs)
 
@@ -171,6 +181,7 @@ def test_compiles_and_exports_whole(scheme):
         (lambda rows, qw: activate_quantized(torch.zeros(2, 64), "int4"), "scheme is 'int4', expected one of int8"),
         (lambda rows, qw: activate_quantized(torch.zeros(2, 64), activation="relu"), "activation is 'relu'"),
         (lambda rows, qw: activate_quantized(torch.zeros(2, 64).int()), "x is torch.int32"),
+        (lambda rows, qw: activate_quantized(torch.zeros(2, 64), before=torch.zeros(3, 8)), r"before is .*\[3, 8\]"),
         (lambda rows, qw: geglu_quantized(torch.zeros(2, 5)), r"x is .*\[..., 2\*c\]"),
         (lambda rows, qw: layer_norm_modulate_quantized(torch.zeros(1, 2, 3), *torch.zeros(2, 1, 4)), "shift is"),
     ],

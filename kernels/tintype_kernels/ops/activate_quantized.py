@@ -1,10 +1,11 @@
-"""Rows in 8 bits for a quantised linear layer, of numbers as they are or behind an activation."""
+"""Rows in 8 bits for a quantised linear layer, of numbers as they are or behind an activation, or of both in a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tintype_kernels.ops.linear_epilogue import ACTIVATIONS, activate, check_activation
@@ -17,61 +18,79 @@ from tintype_kernels.ops.quantised_rows import (
     plain_rows,
     store_quantized,
 )
-from tintype_kernels.torch_op import describe, public, unit_stride
+from tintype_kernels.torch_op import check, describe, public, unit_stride
 from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl, widen
 
 
-def reference(x: Tensor, scheme: str = "int8", activation: str = "none") -> QuantizedRows:
+def reference(
+    x: Tensor, scheme: str = "int8", activation: str = "none", before: Tensor | None = None
+) -> QuantizedRows:
     """The op in plain PyTorch."""
-    return plain_rows(ACTIVATIONS[activation](x), scheme)
+    values = ACTIVATIONS[activation](x)
+    return plain_rows(values if before is None else torch.cat([before, values], -1), scheme)
 
 
-def _reference_forward(x: Tensor, scheme: str, activation: str) -> tuple[Tensor, Tensor]:
-    rows = reference(x, scheme, activation)
+def _reference_forward(
+    x: Tensor, scheme: str, activation: str, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows = reference(x, scheme, activation, before)
     return as_bytes(rows.codes), rows.scales
 
 
 @jit
 def _kernel(
-    x, codes, scales, M, N, x_row,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
+    x, before, codes, scales, M, N, B, x_row, before_row,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, LIMIT: tl.constexpr, ACTIVATION: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: grid (rows,)."""
+    """ROWS rows of B + N elements: grid (rows,)."""
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    inside = (rows[:, None] < M) & (columns[None, :] < N)
-    at = rows[:, None].to(tl.int64) * x_row + columns[None, :]
-    values = activate(widen(tl.load(x + at, inside, 0.0)), ACTIVATION)
-    store_quantized(values, codes, scales, rows, columns, M, N, x.dtype.element_ty, LIMIT)
+    row, column = rows[:, None].to(tl.int64), columns[None, :]
+    inside = (rows[:, None] < M) & (column >= B) & (column < B + N)
+    values = activate(widen(tl.load(x + row * x_row + (column - B), inside, 0.0)), ACTIVATION)
+    if BEFORE:  # every activation has 0 at 0
+        own = (rows[:, None] < M) & (column < B)
+        values += widen(tl.load(before + row * before_row + column, own, 0.0))
+    store_quantized(values, codes, scales, rows, columns, M, B + N, x.dtype.element_ty, LIMIT)
 
 
-def write_quantized(codes: Tensor, scales: Tensor, x: Tensor, activation: str = "none") -> None:
-    """Launch the kernel; codes [..., n] and scales [...] are contiguous."""
+def write_quantized(
+    codes: Tensor, scales: Tensor, x: Tensor, activation: str = "none", before: Tensor | None = None
+) -> None:
+    """Launch the kernel; codes [..., b + n] and scales [...] are contiguous."""
     rows = unit_stride(x.reshape(-1, x.shape[-1]))
-    tile = row_tile(x.shape[-1])
+    others = rows if before is None else unit_stride(before.reshape(-1, before.shape[-1]))
+    first = 0 if before is None else others.shape[1]
+    tile = row_tile(first + x.shape[-1])
     _kernel[(ceil_div(len(rows), tile["ROWS"]),)](
-        rows, codes, scales, *rows.shape, rows.stride(0),
-        LIMIT=LARGEST[codes.dtype], ACTIVATION=activation, **tile,
+        rows, others, codes, scales, *rows.shape, first, rows.stride(0), others.stride(0),
+        LIMIT=LARGEST[codes.dtype], ACTIVATION=activation, BEFORE=before is not None, **tile,
     )  # fmt: skip
 
 
+def _shape(x: Tensor, activation: str, before: Tensor | None) -> tuple[int, ...]:
+    return (*x.shape[:-1], x.shape[-1] + (0 if before is None else before.shape[-1]))
+
+
 OP = RowsOp(
-    "activate_quantized",
-    shape=lambda x: tuple(x.shape),
-    reference=_reference_forward,
-    triton=write_quantized,
+    "activate_quantized", shape=_shape, reference=_reference_forward, triton=write_quantized
 )
 
 
 @public(reference)
-def activate_quantized(x: Tensor, scheme: str = "int8", activation: str = "none") -> QuantizedRows:
+def activate_quantized(
+    x: Tensor, scheme: str = "int8", activation: str = "none", before: Tensor | None = None
+) -> QuantizedRows:
     """Return `activation(x)` in codes of `scheme`, int8 or fp8, with a scale a row, for x [..., n].
 
-    Activations: none, gelu, gelu_tanh, silu.
+    With `before` [..., b] rows are [..., b + n]: its numbers as they are, then those. Activations: none, gelu,
+    gelu_tanh, silu.
     """
     if not x.dtype.is_floating_point or not x.ndim:
         raise ValueError(f"x is {describe(x)}, expected a floating tensor [..., n]")
+    if before is not None:
+        check("before", before, (*x.shape[:-1], before.shape[-1] if before.ndim else 0), x)
     check_activation(activation)
-    return OP(x, scheme, activation)
+    return OP(x, scheme, activation, before)
 
 
 # Tokens and channels of feed-forwards before they are narrowed.
@@ -84,3 +103,6 @@ def cases(make: Callable[..., Tensor], batch: int) -> Iterator[tuple[str, dict[s
         for scheme in SCHEMES:
             x = make(batch, tokens, channels)
             yield f"{label}, {scheme}", {"x": x, "scheme": scheme, "activation": "gelu_tanh"}
+            before = make(batch, tokens, channels // 4)
+            arguments = {"x": x, "scheme": scheme, "activation": "gelu_tanh", "before": before}
+            yield f"{label}, {scheme}, beside attention", arguments

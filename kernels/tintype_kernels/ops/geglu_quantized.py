@@ -55,7 +55,7 @@ def _triton(codes: Tensor, scales: Tensor, x: Tensor) -> None:
 
 OP = RowsOp(
     "geglu_quantized",
-    shape=lambda x: (*x.shape[:-1], x.shape[-1] // 2),
+    shape=lambda x, *_: (*x.shape[:-1], x.shape[-1] // 2),
     reference=_reference_forward,
     triton=_triton,
 )

@@ -1,4 +1,7 @@
-"""Adaptive layer norm of flow transformers: `layer_norm(x) * (1 + scale) + shift`, one read and one write."""
+"""Adaptive layer norm of flow transformers: `layer_norm(x) * (unit + scale) + shift`, one read and one write.
+
+With a unit of 0 it is the plain norm with weights `scale` and `shift`.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,26 @@ from tintype_kernels.torch_op import (
 from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl, too_wide, widen
 
 
-def reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def reference(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, unit: float = 1.0
+) -> Tensor:
     """The op in plain PyTorch."""
     b, _, c = x.shape
-    return F.layer_norm(x, (c,), eps=eps) * (1 + scale.view(b, 1, c)) + shift.view(b, 1, c)
+    gain, offset = unit + scale.reshape(b, 1, c), shift.reshape(b, 1, c)
+    return F.layer_norm(x, (c,), eps=eps) * gain + offset
 
 
-def _reference_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return empty(x).copy_(reference(x, shift, scale, eps))
+def _reference_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float, unit: float) -> Tensor:
+    return empty(x).copy_(reference(x, shift, scale, eps, unit))
 
 
 def _reference_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, eps: float
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float, unit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, h = wide(grad), wide(x)
     h = h - h.mean(-1, keepdim=True)
     rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    normed, scaled = h * rstd, grad * (1 + wide(scale)[:, None])
+    normed, scaled = h * rstd, grad * (unit + wide(scale)[:, None])
     spread = (scaled * normed).mean(-1, keepdim=True)
     dx = (scaled - scaled.mean(-1, keepdim=True) - normed * spread) * rstd
     return empty(x).copy_(dx), grad.sum(1).to(x.dtype), (grad * normed).sum(1).to(x.dtype)
@@ -70,13 +76,13 @@ def modulated(
 
 @jit
 def _forward_kernel(
-    x, shift, scale, out, T, C, x_batch, x_row, shift_batch, scale_batch, eps,
+    x, shift, scale, out, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
     rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     values = modulated(
-        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, 1.0, CHANNELS
+        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, CHANNELS
     )
     at = tl.program_id(1).to(tl.int64) * T * C + rows[:, None] * C + c[None, :]
     tl.store(out + at, values, (rows[:, None] < T) & (c[None, :] < C))
@@ -84,14 +90,14 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    grad, x, scale, dx, sums, T, C, SPAN, x_batch, x_row, scale_batch, eps,
+    grad, x, scale, dx, sums, T, C, SPAN, x_batch, x_row, scale_batch, eps, unit,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx of SPAN tokens of a sample, and their sums of grad and grad*normed: grid (spans, samples)."""
     span, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, CHANNELS)
     last = tl.minimum(span * SPAN + SPAN, T)
-    gain = 1.0 + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))[None, :]
+    gain = unit + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))[None, :]
     plain = tl.zeros((CHANNELS,), sums.dtype.element_ty)
     moved = tl.zeros((CHANNELS,), sums.dtype.element_ty)
     for start in range(span * SPAN, last, ROWS):
@@ -113,16 +119,18 @@ def _backward_kernel(
     tl.store(sums + C, moved, c < C)
 
 
-def _triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float, unit: float) -> Tensor:
     out, (b, t, c), tile = empty(x), x.shape, row_tile(x.shape[-1])
     x, shift, scale = unit_stride(x), unit_stride(shift), unit_stride(scale)
     strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
-    _forward_kernel[ceil_div(t, tile["ROWS"]), b](x, shift, scale, out, t, c, *strides, eps, **tile)
+    _forward_kernel[ceil_div(t, tile["ROWS"]), b](
+        x, shift, scale, out, t, c, *strides, eps, unit, **tile
+    )  # fmt: skip
     return out
 
 
 def _triton_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, eps: float
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float, unit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, (b, t, c), tile = empty(x), x.shape, row_tile(x.shape[-1])
     # Sums over 128 spans at most; how a sample is cut never depends on the batch.
@@ -130,7 +138,7 @@ def _triton_backward(
     sums = x.new_empty(b, ceil_div(t, span), 2, c, dtype=wide(scale).dtype)
     x, scale = unit_stride(x), unit_stride(scale)
     _backward_kernel[sums.shape[1], b](
-        grad.contiguous(), x, scale, dx, sums, t, c, span, *x.stride()[:2], scale.stride(0), eps, **tile
+        grad.contiguous(), x, scale, dx, sums, t, c, span, *x.stride()[:2], scale.stride(0), eps, unit, **tile
     )  # fmt: skip
     totals = sums.sum(1).to(x.dtype)
     return dx, totals[:, 0].clone(), totals[:, 1].clone()
@@ -141,7 +149,7 @@ def _fake_forward(x: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, eps: float
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float, unit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty(x), empty(scale), empty(scale)
 
@@ -161,27 +169,35 @@ BACKWARD = TorchOp(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, scale, ctx.eps = inputs
+    x, _, scale, ctx.eps, ctx.unit = inputs
     ctx.save_for_backward(x, scale)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale = ctx.saved_tensors
-    return *BACKWARD(grad, x, scale, ctx.eps), None
+    return *BACKWARD(grad, x, scale, ctx.eps, ctx.unit), None, None
 
 
 FORWARD.differentiate(_setup_context, _backward)
 
 
 @public(reference)
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Return `layer_norm(x) * (1 + scale) + shift` for x [b, t, c]; shift and scale are [b, c] or [b, 1, c]."""
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, unit: float = 1.0
+) -> Tensor:
+    """Return `layer_norm(x) * (unit + scale) + shift` for x [b, t, c]; shift and scale are [b, c] or [b, 1, c]."""
     check_floating("x", x, 3)
-    out: Tensor = FORWARD(x, per_sample("shift", shift, x), per_sample("scale", scale, x), eps)
+    shift, scale = per_sample("shift", shift, x), per_sample("scale", scale, x)
+    out: Tensor = FORWARD(x, shift, scale, eps, unit)
     return out
 
 
-_SIZES = {"SD3 1024": (4096, 1536), "FLUX 1024": (4608, 3072)}
+_SIZES = {
+    "SD1.5 512": (4096, 320),
+    "SDXL 1024": (4096, 640),
+    "SD3 1024": (4096, 1536),
+    "FLUX 1024": (4608, 3072),
+}
 
 
 def cases(make: Callable[..., Tensor], batch: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -70,7 +70,7 @@ def _triton(
 
 OP = RowsOp(
     "layer_norm_modulate_quantized",
-    shape=lambda x: tuple(x.shape),
+    shape=lambda x, *_: tuple(x.shape),
     reference=_reference_forward,
     triton=_triton,
 )

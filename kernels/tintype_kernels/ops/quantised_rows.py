@@ -74,7 +74,7 @@ def arch_obstacle(scheme: str, x: Tensor) -> str:
 
 
 class RowsOp:
-    """`tintype::<name>` of (x, scheme, ...), which gives the rows of `shape(x)`; `reference` gives them plainly.
+    """`tintype::<name>` of (x, scheme, ...), which gives the rows of `shape(x, ...)`; `reference` gives them plainly.
 
     `triton` takes the op's arguments, and before them the codes and scales that it is to write.
     """
@@ -83,7 +83,7 @@ class RowsOp:
         self,
         name: str,
         *,
-        shape: Callable[[Tensor], tuple[int, ...]],
+        shape: Callable[..., tuple[int, ...]],
         reference: Callable[..., tuple[Tensor, Tensor]],
         triton: Callable[..., None],
     ) -> None:
@@ -98,14 +98,14 @@ class RowsOp:
         codes, scales = self._op(x, scheme, *others)
         return QuantizedRows(from_bytes(codes), scales, x.dtype)
 
-    def _empty(self, x: Tensor, scheme: str, *_: Any) -> tuple[Tensor, Tensor]:
-        shape, codes = self._shape(x), torch.uint8 if scheme == "fp8" else torch.int8
+    def _empty(self, x: Tensor, scheme: str, *others: Any) -> tuple[Tensor, Tensor]:
+        shape, codes = self._shape(x, *others), torch.uint8 if scheme == "fp8" else torch.int8
         return x.new_empty(shape, dtype=codes), x.new_empty(shape[:-1], dtype=torch.float32)
 
     def _written(self, x: Tensor, scheme: str, *others: Any) -> tuple[Tensor, Tensor]:
-        codes, scales = self._empty(x, scheme)
+        codes, scales = self._empty(x, scheme, *others)
         self._triton(from_bytes(codes), scales, x, *others)
         return codes, scales
 
-    def _obstacle(self, x: Tensor, scheme: str, *_: Any) -> str:
-        return too_wide(self._shape(x)[-1]) or arch_obstacle(scheme, x)
+    def _obstacle(self, x: Tensor, scheme: str, *others: Any) -> str:
+        return too_wide(self._shape(x, *others)[-1]) or arch_obstacle(scheme, x)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -65,6 +66,17 @@ class Replayed:
             return self._captures[shapes].replay(inputs)
 
 
+@contextmanager
+def _convolutions_tried_out() -> Iterator[None]:
+    """Within it cuDNN times its algorithms where it first meets a shape, which a graph repeats often enough to pay."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class _Capture:
     """One graph, with the inputs that it reads and the outputs that it writes every time."""
 
@@ -72,13 +84,14 @@ class _Capture:
         self._inputs = [tensor.clone() for tensor in inputs]
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UPS):
-                call(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            outputs = call(*self._inputs)
+        with _convolutions_tried_out():
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UPS):
+                    call(*self._inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(self._graph):
+                outputs = call(*self._inputs)
         self._outputs = outputs if isinstance(outputs, tuple) else (outputs,)
 
     def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

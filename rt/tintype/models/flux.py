@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tintype.models.config import from_json
-from tintype.models.fused import Rotation, gate_residual, gelu_tanh, layer_norm_modulate
+from tintype.models.fused import Rotation, gate_residual, layer_norm_modulate, linear_of_both
 from tintype.models.joint import (
     Conditioning,
     FeedForward,
@@ -97,8 +97,7 @@ class _SingleBlock(nn.Module):
         shift, scale, gate = self.norm(conditioning)
         normed = layer_norm_modulate(x, shift, scale, [*self.attn.readers, self.proj_mlp])
         attended, _ = self.attn(normed, rotation=rotation)
-        widened = gelu_tanh(self.proj_mlp(normed))
-        update = self.proj_out(torch.cat([attended, widened], dim=-1))
+        update = linear_of_both(self.proj_out, attended, self.proj_mlp, normed)
         return _within_half(gate_residual(x, update, gate))
 
 

@@ -52,6 +52,40 @@ def group_norm(
     return F.silu(normed) if silu else normed
 
 
+def convolved_apart(conv: nn.Module, x: Tensor | QuantizedPictures) -> tuple[Tensor, Tensor | None]:
+    """The convolution of x, and the bias [c] that whoever reads it next still has to add, or None.
+
+    On GPUs the library convolves without a bias, which PyTorch then adds in a pass of its own.
+    """
+    if _is_plain(conv, nn.Conv2d, x) and conv.bias is not None:
+        how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        return F.conv2d(x, conv.weight, None, *how), conv.bias
+    return conv(x), None
+
+
+def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of x [n, c, h, w], plus another bias where there is one.
+
+    On GPUs, where x lies channels-last, it is the product of tokens that it is, whose library adds a bias on the way.
+    """
+    if not _is_plain(conv, nn.Conv2d, x) or conv.bias is None:
+        out = conv(x)
+        return out if bias is None else out + bias[:, None, None]
+    added = conv.bias if bias is None else conv.bias + bias
+    tokens = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), added)
+    return tokens.permute(0, 3, 1, 2)
+
+
+def join_tokens(first: Tensor, second: Tensor) -> Tensor:
+    """[n, heads, t, dim] and [n, heads, u, dim] -> [n, heads, t + u, dim].
+
+    On GPUs tokens lie outside heads, as projections leave them: rows are copied whole, and heads merge without a copy.
+    """
+    if not _serves(first):
+        return torch.cat([first, second], dim=2)
+    return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=1).transpose(1, 2)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention of [n, heads, tokens, dim]: the library's, unless ours was measured to be faster."""
     if _serves(q) and not (_differentiable(q, k, v) or torch.compiler.is_compiling()):
@@ -85,8 +119,15 @@ def geglu(x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
     return value * F.gelu(gate)
 
 
-def gelu_tanh(x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
-    """The tanh-approximated GELU of x [n, t, c]."""
+def linear_gelu_tanh(
+    layer: nn.Module, x: Tensor | QuantizedRows, readers: Readers = ()
+) -> Tensor | QuantizedRows:
+    """The tanh-approximated GELU of what the layer makes of x [n, t, c]."""
+    if _is_plain(layer, nn.Linear, x) and layer.bias is not None and not _codes_for(x, readers):
+        # On GPUs, where the library knows this GELU, it is part of the product.
+        flat = torch._addmm_activation(layer.bias, x.flatten(0, 1), layer.weight.t(), use_gelu=True)
+        return flat.unflatten(0, x.shape[:2])
+    x = layer(x)
     if scheme := _codes_for(x, readers):
         from tintype_kernels.ops.activate_quantized import activate_quantized
 
@@ -94,14 +135,43 @@ def gelu_tanh(x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
     return F.gelu(x, approximate="tanh")
 
 
+def linear_of_both(
+    out: nn.Module, first: Tensor, layer: nn.Module, x: Tensor | QuantizedRows
+) -> Tensor:
+    """What `out` makes of [n, t, a + c]: `first` [n, t, a], then the tanh-approximated GELU of the layer of x.
+
+    On GPUs both have products of their own, the second of which the library adds to the first: no row is put together.
+    """
+    if scheme := _codes_for(first, [out]):
+        from tintype_kernels.ops.activate_quantized import activate_quantized
+
+        return out(activate_quantized(layer(x), scheme, "gelu_tanh", first))
+    widened = linear_gelu_tanh(layer, x)
+    if not _is_plain(out, nn.Linear, first):
+        return out(torch.cat([first, widened], dim=-1))
+    width = first.shape[-1]
+    begun = F.linear(first, out.weight[:, :width], out.bias)
+    return (
+        begun.flatten(0, 1).addmm_(widened.flatten(0, 1), out.weight[:, width:].t()).view_as(begun)
+    )
+
+
 def layer_norm(norm: nn.LayerNorm, x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
     """The norm of x [n, t, c] with weights of its own [c]."""
     if scheme := _codes_for(x, readers):
         from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
 
-        shift, scale = (weights.expand(len(x), -1) for weights in (norm.bias, norm.weight))
-        return layer_norm_modulate_quantized(x, shift, scale, scheme, norm.eps, unit=0.0)
+        return layer_norm_modulate_quantized(x, *_of_all(norm, x), scheme, norm.eps, unit=0.0)
+    if _serves(x):
+        from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate as op
+
+        return op(x, *_of_all(norm, x), norm.eps, unit=0.0)
     return norm(x)
+
+
+def _of_all(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm's shift and scale, the same for every sample of x."""
+    return norm.bias.expand(len(x), -1), norm.weight.expand(len(x), -1)
 
 
 def layer_norm_modulate(
@@ -168,6 +238,13 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 
 def _serves(x: Tensor) -> bool:
     return x.is_cuda and _has_triton() and not torch.compiler.is_exporting()
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module], x: Any) -> bool:
+    """Whether a GPU's library may do to x what the layer does: nobody watches, and no gradient is asked for."""
+    known = type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks)
+    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return known and inference and isinstance(x, Tensor) and x.element_size() == 2 and _serves(x)
 
 
 def _codes_for(x: Tensor, readers: Readers) -> str:

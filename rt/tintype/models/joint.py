@@ -18,8 +18,9 @@ from tintype.models.fused import (
     Rotation,
     attention,
     gate_residual,
-    gelu_tanh,
+    join_tokens,
     layer_norm_modulate,
+    linear_gelu_tanh,
     qk_norm_rope,
 )
 from tintype.models.layers import TimestepEmbedding, merge_heads, sinusoidal_embedding, split_heads
@@ -109,7 +110,7 @@ class _Widen(nn.Module):
         self.proj = nn.Linear(width, 4 * width)
 
     def forward(self, x: Tensor | QuantizedRows, readers: Readers) -> Tensor | QuantizedRows:
-        return gelu_tanh(self.proj(x), readers)
+        return linear_gelu_tanh(self.proj, x, readers)
 
 
 class JointAttention(nn.Module):
@@ -165,13 +166,14 @@ class JointAttention(nn.Module):
             asked, told, meant = self._heads(
                 text, "add_{}_proj", "norm_added_{}", own, asks=self.text_output
             )
-            k, v = torch.cat([told, k], dim=2), torch.cat([meant, v], dim=2)
-            q = q if asked is None else torch.cat([asked, q], dim=2)
+            k, v = join_tokens(told, k), join_tokens(meant, v)
+            q = q if asked is None else join_tokens(asked, q)
         out = merge_heads(attention(q, k, v))
         heard = None
         if text is not None and self.text_output:
             heard, out = out.split([text.shape[1], image.shape[1]], dim=1)
-            heard = self.to_add_out(heard)
+            # Of several samples neither part is dense; libraries would multiply them without their bias.
+            heard, out = self.to_add_out(heard.contiguous()), out.contiguous()
         return (self.to_out[0](out) if hasattr(self, "to_out") else out), heard
 
     def _heads(

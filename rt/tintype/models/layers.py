@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tintype.models.fused import group_norm
+from tintype.models.fused import convolved_apart, group_norm, pointwise
 
 
 class ResnetBlock(nn.Module):
@@ -26,11 +26,21 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(group_norm(self.norm1, x, silu=True, readers=[self.conv1]))
-        shift = None if time is None else self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = group_norm(self.norm1, x, silu=True, readers=[self.conv1])
+        h, bias = convolved_apart(self.conv1, h)
+        shift = _shift(None if time is None else self.time_emb_proj(F.silu(time)), bias, len(x))
         h = group_norm(self.norm2, h, silu=True, residual=shift, readers=[self.conv2])
-        h = self.conv2(h)
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        if hasattr(self, "conv_shortcut"):
+            h, bias = convolved_apart(self.conv2, h)
+            return h + pointwise(self.conv_shortcut, x, bias)
+        return self.conv2(h) + x
+
+
+def _shift(told: Tensor | None, bias: Tensor | None, samples: int) -> Tensor | None:
+    """What is added to every pixel of a sample, [n, c, 1, 1]: of [n, c] and [c], where they are."""
+    if bias is not None:
+        told = bias.expand(samples, -1) if told is None else told + bias
+    return None if told is None else told[:, :, None, None]
 
 
 class Downsample(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tintype.models.config import from_json, per_level
-from tintype.models.fused import Readers, attention, geglu, group_norm, layer_norm
+from tintype.models.fused import Readers, attention, geglu, group_norm, layer_norm, pointwise
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
@@ -166,13 +166,15 @@ class SpatialTransformer(nn.Module):
         height, width = x.shape[-2:]
         h = group_norm(self.norm, x)
         tokens = (
-            self.proj_in(image_to_tokens(h)) if self.linear else image_to_tokens(self.proj_in(h))
+            self.proj_in(image_to_tokens(h))
+            if self.linear
+            else image_to_tokens(pointwise(self.proj_in, h))
         )
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         if self.linear:
             return x + tokens_to_image(self.proj_out(tokens), height, width)
-        return x + self.proj_out(tokens_to_image(tokens, height, width))
+        return x + pointwise(self.proj_out, tokens_to_image(tokens, height, width))
 
 
 class _Level(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernel_checks import forced, norm_error
 from tintype.models import fused
@@ -155,6 +156,38 @@ def test_attention_without_gradients_goes_through_the_op_where_it_is_preferred(m
     with torch.inference_mode():
         module(*inputs)
     assert "attention" in ops_called
+
+
+@pytest.fixture
+def libraries_of_gpus(ops_called, monkeypatch):
+    """What a GPU's libraries are asked for in one pass is asked of this machine's, which knows another GELU."""
+    monkeypatch.setattr(fused, "_is_plain", lambda layer, kind, x: type(layer) is kind)
+
+    def product(bias, x, weight, *, use_gelu):
+        assert use_gelu
+        return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+
+
+@pytest.mark.usefixtures("libraries_of_gpus")
+def test_what_libraries_do_in_one_pass_is_what_the_layers_do(model, monkeypatch):
+    module, inputs = model
+    with torch.inference_mode():
+        found = module(*inputs)
+        monkeypatch.undo()
+        assert relative_error(found, module(*inputs)) < 1e-5
+
+
+@pytest.mark.usefixtures("libraries_of_gpus")
+@pytest.mark.parametrize("c_out", [16, 24])
+def test_a_residual_block_without_times_adds_each_bias_once(c_out, monkeypatch):
+    torch.manual_seed(0)
+    block, x = ResnetBlock(16, c_out, groups=4, eps=1e-6), torch.randn(2, 16, 6, 5)
+    with torch.inference_mode():
+        found = block(x)
+        monkeypatch.undo()
+        assert relative_error(found, block(x)) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
