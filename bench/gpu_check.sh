@@ -53,14 +53,16 @@ kernels() {
 checks() {
     local arch
     if [ "$1" = cuda ]; then
-        echo "== compiling, on all cores, what launches would compile one by one"
+        echo "== compiling, on all cores, what the times below would compile one by one"
         arch="$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')" &&
-            "$python" -m tintype_kernels.ahead_of_time "$arch" --json "$out/ahead-of-time.json" | tail -n 1
+            "$python" -m tintype_kernels.ahead_of_time "$arch" --dtype bfloat16 --json "$out/ahead-of-time.json" | tail -n 1
     fi
     echo "== checks on $1"
     if [ "$1" = cuda ] && "$python" -c "import pytest" 2>/dev/null; then
+        local beside=()
+        "$python" -c "import xdist" 2>/dev/null && beside=(-n 8)  # what takes long is compiling
         # No conftest of the whole suite: it imports packages that are not needed here.
-        "$python" -m pytest --confcutdir=tests/gpu -q tests/gpu 2>&1 | tee "$out/tests.txt"
+        "$python" -m pytest --confcutdir=tests/gpu -q "${beside[@]}" tests/gpu 2>&1 | tee "$out/tests.txt"
     else
         "$python" -m kernel_checks "$1" 2>&1 | tee "$out/tests.txt"
     fi

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tintype_kernels
 from tintype_kernels import Row
-from tolerances import KERNEL_NORM
+from tolerances import FP8_SUMS, KERNEL_NORM
 
 Arguments = dict[str, Any]
 # The types that an op is checked in; the interpreter computes in any of them what no matrix product is part of.
@@ -94,11 +94,14 @@ def _group_norm(
     return draw
 
 
-def _modulate(b: int, t: int, c: int, **options: float) -> Callable[[], Arguments]:
+def _modulate(
+    b: int, t: int, c: int, unit: float = 1.0, **options: float
+) -> Callable[[], Arguments]:
     return lambda: {
         "x": normal(b, t, c, **options),
         "shift": normal(b, c),
         "scale": normal(b, 1, c),
+        "unit": unit,
     }
 
 
@@ -142,6 +145,7 @@ SAMPLES = [
     Sample("group_norm_silu", "tiny spread", _group_norm(1, 4, 9, 9, 2, mean=0, spread=1e-3), _NORM),
     Sample("group_norm_silu", "near overflow", _group_norm(1, 4, 9, 9, 2, spread=1.2e4), _NORM),
     Sample("layer_norm_modulate", "rest", _modulate(2, 11, 150), _ROWS),
+    Sample("layer_norm_modulate", "plain norm", _modulate(2, 11, 150, unit=0.0), _ROWS),
     Sample("layer_norm_modulate", "wide", _modulate(2, 3, 4100), _ROWS),
     Sample("layer_norm_modulate", "large mean", _modulate(1, 4, 70, mean=3e3), _ROWS),
     Sample("layer_norm_modulate", "tiny spread", _modulate(1, 4, 70, spread=1e-3), _ROWS),
@@ -170,22 +174,33 @@ def norm_error(actual: Tensor, expected: Tensor) -> float:
 def check_values_and_gradients(sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Compare with the reference in float64 on the same, already rounded numbers."""
     arguments = sample.arguments(dtype, device)
-    actual = _with_gradients(sample.call, arguments)
+    actual = _with_gradients(sample.call, arguments, dtype)
     exact = {n: v.double() if is_floating(v) else v for n, v in arguments.items()}
-    expected = _with_gradients(sample.reference, exact)
+    expected = _with_gradients(sample.reference, exact, dtype)
     assert actual.keys() == expected.keys()
+    close = KERNEL_NORM[str(dtype).removeprefix("torch.")]
+    if sample.op == "fp8_linear" and device == "cuda":
+        close = max(close, FP8_SUMS)
     for name, value in actual.items():
         assert value.dtype == dtype
         error = norm_error(value, expected[name])
-        assert error < KERNEL_NORM[str(dtype).removeprefix("torch.")], (
-            f"{name} is off by {error:.1e}"
-        )
+        assert error < close, f"{name} is off by {error:.1e}"
+
+
+def check_values(sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """The same without gradients, where some forms go another way."""
+    arguments = sample.arguments(dtype, device)
+    exact = {n: v.double() if is_floating(v) else v for n, v in arguments.items()}
+    with torch.no_grad():
+        pairs = zip(sample.call(arguments), sample.reference(exact), strict=True)
+    for actual, expected in pairs:
+        assert norm_error(actual, expected) < KERNEL_NORM[str(dtype).removeprefix("torch.")]
 
 
 def _with_gradients(
-    call: Callable[[Arguments], tuple[Tensor, ...]], arguments: Arguments
+    call: Callable[[Arguments], tuple[Tensor, ...]], arguments: Arguments, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Outputs by number, and the gradients of every tensor by its name."""
+    """Outputs by number, and the gradients of every tensor by its name, all from gradients rounded to dtype."""
     leaves = {
         name: value.detach().clone().requires_grad_()
         for name, value in arguments.items()
@@ -194,7 +209,7 @@ def _with_gradients(
     outputs = call({**arguments, **leaves})
     generator = torch.Generator().manual_seed(3)
     grads = [
-        torch.randn(o.shape, generator=generator).to(o.dtype, copy=True).to(o.device)
+        torch.randn(o.shape, generator=generator).to(dtype).to(o.dtype, copy=True).to(o.device)
         for o in outputs
     ]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
@@ -203,12 +218,12 @@ def _with_gradients(
 
 
 def check_strided(sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """A tensor that is a view with gaps gives what its copy gives, to the bit."""
+    """A tensor that is a view with gaps gives what its copy gives; a compiler may load, and so sum, it otherwise."""
     arguments = sample.arguments(dtype, device)
     gaps = {n: _with_gaps(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
     plain = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in arguments.items()}
     for a, b in zip(sample.call(gaps), sample.call(plain), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert norm_error(a, b) <= (KERNEL_NORM["float32"] if device == "cuda" else 0)
 
 
 def _with_gaps(tensor: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ LEAST_DB_16_BITS = 40.0
 # norm of the difference over the norm, a fused kernel against its reference in float64, values and gradients: a few
 # roundings of each type (2**-53, 2**-24, 2**-11, 2**-8), the first two with room for sums of some 10**4 terms
 KERNEL_NORM = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
+# fp8_linear on a GPU, of float32: tensor cores of Hopper add products of e4m3 in some 14 bits (DeepSeek-V3,
+# arXiv 2412.19437, section 3.3.2), where 1.7e-4 was seen
+FP8_SUMS = 1e-3
 
 # float64 means of squares, less squares of means, against sums about the mean
 SSIM = 1e-10

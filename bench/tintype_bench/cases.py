@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from tintype.errors import RequestError
 from tintype_bench.measure import Plan
@@ -208,6 +209,17 @@ def chosen_peers(case: Case, peers: Sequence[str] | None, commands: Sequence[str
     # In which precision a command computes is its own business, so it is held to what 16 bits are.
     told = () if case.component else tuple(Runner("command", "bf16", command=c) for c in commands)
     return replace(case, runners=(*kept, *added, *told))
+
+
+def chosen_runners(case: Case, texts: Sequence[str] | None) -> Case:
+    """The case with those alone who have one of the texts in their name."""
+    if texts is None:
+        return case
+    kept = tuple(r for r in case.runners if any(fnmatchcase(r.label, f"*{t}*") for t in texts))
+    if not kept:
+        known = ", ".join(runner.label for runner in case.runners)
+        raise RequestError(f"--runner {' '.join(texts)} leaves nobody of {case.name}: {known}")
+    return replace(case, runners=kept)
 
 
 CASES = {"quick": quick, "cpu": cpu, "scale": scale, "gpu": gpu}

@@ -52,6 +52,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="cases alone that have this in their name, with *, ? and [...] as in a shell",
     )
+    parser.add_argument(
+        "--runner",
+        nargs="+",
+        metavar="TEXT",
+        help="who has one of these in the name alone, such as 'torch graph' or diffusers",
+    )
     _add_peer_arguments(parser)
     _add_timing_arguments(parser)
     _add_report_arguments(parser)
@@ -218,6 +224,7 @@ def _cases(options: argparse.Namespace, suite: str, device: str) -> Iterable[Any
         small = cases.tiny(case) if options.tiny else case
         if options.only is None or fnmatchcase(small.name, f"*{options.only}*"):
             chosen = cases.chosen_peers(small, options.peer, options.peer_cmd)
+            chosen = cases.chosen_runners(chosen, options.runner)
             placed = cases.on_device(chosen, device)
             yield placed if bf16 else cases.without_bf16(placed)
 

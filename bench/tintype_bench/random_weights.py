@@ -1,15 +1,17 @@
-"""Writes a shape as a checkpoint folder in diffusers layout, with random weights: full size without a download."""
+"""Shapes as checkpoints with random weights: full size without a download, in diffusers' layout or never written."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.checkpoints.architectures import builder
 from tintype_bench.shapes import Part, Shape
 
@@ -38,12 +40,41 @@ _CLIP_TOKENS, _T5_TOKENS = 77, 512
 
 def write_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype, device: str = "cpu") -> None:
     """Fill `folder`; weights are drawn on `device`, a shard at a time, the same ones for the same device."""
-    generator = torch.Generator(device).manual_seed(0)
+    draw = _draw(torch.Generator(device).manual_seed(0), dtype)
+    _write_configurations(shape, folder)
     for name, part in shape.parts.items():
-        target = folder / name
-        target.mkdir(parents=True)
-        _write_json(target / "config.json", {"_class_name": part.architecture, **part.config})
-        _write_weights(part, name, target, _draw(generator, dtype))
+        _write_weights(part, name, folder / name, draw)
+
+
+@dataclass(frozen=True)
+class Unwritten(Checkpoint):
+    """A shape whose components draw their weights, the same ones each time, on the device that they are asked for."""
+
+    def component(
+        self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> nn.Module:
+        draw = _draw(torch.Generator(device).manual_seed(0), dtype or torch.float32)
+        part = self.components[name]
+        with torch.device("meta"):
+            module = builder(name, part.architecture, part.config)()
+        state = {key: draw(key, like).to(device) for key, like in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        return module.eval()
+
+
+def unwritten(shape: Shape, folder: Path) -> Unwritten:
+    """The shape with its configurations and tokenizers in `folder`, and no weights there."""
+    _write_configurations(shape, folder)
+    for name, part in shape.parts.items():
+        (folder / name / f"{_STEMS[part.library]}.safetensors").touch()
+    return Unwritten(**vars(open_checkpoint(folder)))
+
+
+def _write_configurations(shape: Shape, folder: Path) -> None:
+    for name, part in shape.parts.items():
+        (folder / name).mkdir(parents=True)
+        config = {"_class_name": part.architecture, **part.config}
+        _write_json(folder / name / "config.json", config)
     for name, kind in zip(_tokenizer_names(shape), shape.tokenizers, strict=True):
         (_write_clip_tokenizer if kind == "clip" else _write_t5_tokenizer)(folder / name)
     (folder / "scheduler").mkdir()
@@ -56,11 +87,12 @@ def _draw(generator: torch.Generator, dtype: torch.dtype) -> Callable[[str, Tens
 
     def draw(name: str, like: Tensor) -> Tensor:
         if like.ndim < 2:  # norms scale by 1 and shift by 0, as biases do
-            return torch.full(like.shape, float(name.endswith("weight")), dtype=dtype)
+            ones = float(name.endswith("weight"))
+            return torch.full(like.shape, ones, dtype=dtype, device=generator.device)
         values = torch.randn(like.shape, generator=generator, device=generator.device)
         gain = _BRANCH_GAIN if name.endswith(_BRANCH_ENDS) else 1.0
-        drawn: Tensor = (gain * values / like[0].numel() ** 0.5).to(dtype).cpu()
-        return drawn
+        scaled: Tensor = gain * values / like[0].numel() ** 0.5
+        return scaled.to(dtype)
 
     return draw
 
@@ -75,7 +107,7 @@ def _write_weights(
     stem, shards = _STEMS[part.library], list(_shards(state))
     files = [_shard_name(stem, number, len(shards)) for number in range(len(shards))]
     for file, keys in zip(files, shards, strict=True):
-        tensors = {key: draw(key, state[key]).contiguous() for key in keys}
+        tensors = {key: draw(key, state[key]).cpu().contiguous() for key in keys}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         places = {key: file for file, keys in zip(files, shards, strict=True) for key in keys}

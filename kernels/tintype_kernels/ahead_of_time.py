@@ -101,27 +101,29 @@ def op_modules() -> Iterator[ModuleType]:
             yield module
 
 
-def compile_op(module: ModuleType, arch: int) -> Iterator[Compiled]:
+def compile_op(module: ModuleType, arch: int, dtype: str = "float16") -> Iterator[Compiled]:
     """Compile what the op launches over its cases; a kernel that an earlier case compiled is passed over."""
     name = module.__name__.rpartition(".")[2]
     seen: set[str] = set()
-    for case, arguments in cases(module, arch):
+    for case, arguments in cases(module, arch, dtype):
         for kernel, binary in _launched(getattr(module, name), arguments, arch):
             if binary.hash not in seen:
                 seen.add(binary.hash)
                 yield _report(name, case, kernel, arch, binary)
 
 
-def cases(module: ModuleType, arch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def cases(
+    module: ModuleType, arch: int, dtype: str = "float16"
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the op is compiled for: arguments without memory, where they ask for no codes newer than `arch`."""
-    for case, arguments in module.cases(_make, batch=1):
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    for case, arguments in module.cases(make, batch=1):
         scheme = arguments.get("scheme", getattr(module, "SCHEME", ""))
         if arch >= OLDEST_ARCH.get(scheme, 0):
             yield case, arguments
-
-
-def _make(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float16, device="meta")
 
 
 def _launched(
@@ -192,19 +194,21 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", text)}
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Compiled]:
+def compile_all(
+    architectures: tuple[int, ...] = ARCHITECTURES, dtype: str = "float16"
+) -> Iterator[Compiled]:
     """Every op for every architecture, in as many processes as there are cores."""
-    tasks = [(module.__name__, arch) for arch in architectures for module in op_modules()]
+    tasks = [(module.__name__, arch, dtype) for arch in architectures for module in op_modules()]
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for compiled in pool.map(_compile_task, tasks):
             yield from compiled
 
 
-def _compile_task(task: tuple[str, int]) -> list[Compiled]:
-    name, arch = task
+def _compile_task(task: tuple[str, int, str]) -> list[Compiled]:
+    name, arch, dtype = task
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # once a process is too often
-    return list(compile_op(importlib.import_module(name), arch))
+    return list(compile_op(importlib.import_module(name), arch, dtype))
 
 
 def line(compiled: Compiled) -> str:
@@ -217,6 +221,7 @@ def line(compiled: Compiled) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("arch", nargs="*", type=int, help=f"of {ARCHITECTURES}; all by default")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
@@ -225,7 +230,7 @@ def main() -> int:
         f"{'op':30} {'case':32} {'kernel':26} {'arch':7} {'regs':>4} {'shared':>7} {'spill':>5} tensor cores"
     )
     rows = []
-    for compiled in compile_all(tuple(options.arch) or ARCHITECTURES):
+    for compiled in compile_all(tuple(options.arch) or ARCHITECTURES, options.dtype):
         print(line(compiled), flush=True)
         rows.append(compiled)
     faults = sum(bool(row.fault) for row in rows)

@@ -30,8 +30,9 @@ class TorchOp:
     `fake` gives; the op's schema is read off the annotations of `reference`. `obstacles` holds, by the name of an
     implementation, a function of the op's arguments that says why it cannot take them, or nothing. `variants` are more
     Triton forms, `triton_...`, which go before `triton`. `library` is what PyTorch's operators make of the numbers that
-    the op rounds, unrounded: on GPUs it may be chosen in the place of a reference that sums in float64. `unmeasured` is
-    the form that runs on a GPU where nothing was measured, if not the first that can.
+    the op rounds, unrounded, or a library's own product of codes: on GPUs it may be chosen in the place of a reference
+    that sums in float64. `unmeasured` is the form that runs on a GPU where nothing was measured, if not the first that
+    can.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class TorchOp:
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if tensor.device.type != "cuda":
             return ""
-        if "library" in self.implementations:
+        if "library" in self.implementations and not self._obstacle("library", tensor, arguments):
             able = ["library" if name == "reference" else name for name in able]
         if len(able) == 1:
             return able[0]

@@ -241,6 +241,16 @@ def test_peers_are_chosen_by_name_and_an_unknown_one_is_an_error():
         cases.chosen_peers(case, ["comfy"], [])
 
 
+def test_runners_are_chosen_by_what_their_names_hold():
+    case = next(cases.gpu("cuda"))
+    kept = cases.chosen_runners(case, ["torch graph", "diffusers bf16"])
+    names = [runner.label for runner in kept.runners]
+    own = [f"tintype torch graph {precision}" for precision in ("bf16", "fp8", "int8")]
+    assert names == [*own, "diffusers bf16"]
+    with pytest.raises(RequestError, match="--runner onnx leaves nobody of sd15.*diffusers bf16"):
+        cases.chosen_runners(case, ["onnx"])
+
+
 def test_every_runner_is_on_the_device_that_was_asked_for(monkeypatch):
     seen = []
 

@@ -11,6 +11,7 @@ from kernel_checks import (
     IDS,
     SAMPLES,
     check_same_bits_in_any_batch,
+    check_values,
     check_values_and_gradients,
     every_check,
     forced,
@@ -69,8 +70,8 @@ class TestMatrices:
 def test_attention_with_roles_for_warps(sample, dtype):
     if torch.cuda.get_device_capability() not in {(9, 0), (10, 0), (10, 3)}:
         pytest.skip("no Hopper or data-centre Blackwell")
-    with forced("triton_roles"):
-        check_values_and_gradients(sample, dtype, "cuda")
+    with forced("triton_roles"), torch.no_grad():
+        check_values(sample, dtype, "cuda")
         check_same_bits_in_any_batch(sample, dtype, "cuda")
 
 

@@ -191,6 +191,15 @@ LIBRARIES = {
     "cudnn": _by(SDPBackend.CUDNN_ATTENTION),
 }
 
+
+def flops(
+    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None = None, v_extra: Tensor | None = None, **_: Any
+) -> int:  # fmt: skip
+    """Multiplications and additions of a call's products."""
+    keys = k.shape[2] + (0 if k_extra is None else k_extra.shape[2])
+    return 4 * q.numel() * keys
+
+
 # Heads, queries, keys and head dimension of each model's widest layers.
 _SIZES = {
     "SD1.5 512, self": (8, 4096, 4096, 40),

@@ -184,7 +184,9 @@ def _empty_outputs(
 
 def empty_stats(x: Tensor, groups: int) -> Tensor:
     """[n, 3, groups]: mean, what the mean lost in rounding, inverse standard deviation."""
-    return x.new_empty(x.shape[0], 3, groups, dtype=wide(x).dtype)
+    # Not by `wide`, which would convert all of x.
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[0], 3, groups, dtype=dtype)
 
 
 def _empty_gradients(

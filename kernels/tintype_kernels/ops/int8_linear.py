@@ -62,6 +62,9 @@ def int8_linear(
     return out
 
 
+LIBRARIES, flops = epilogue.LIBRARIES, epilogue.flops
+
+
 def cases(make: Callable[..., Tensor], batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Arguments at the sizes of real models; `make(*shape)` gives a tensor."""
     for label, x, w, others in epilogue.linear_cases(make, batch):

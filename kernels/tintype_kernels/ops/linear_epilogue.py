@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tintype_kernels.ops.quantise import dequantize
+from tintype_kernels.ops.quantised_rows import QuantizedRows
 from tintype_kernels.torch_op import check, describe
 from tintype_kernels.triton_support import jit, tl, widen
 
@@ -152,6 +156,32 @@ def check_activation(activation: str) -> None:
     """Raise unless `activation` is one of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+
+@lru_cache(maxsize=2)
+def _wide(value: Any, dtype: torch.dtype) -> Tensor:
+    """What weights or rows in codes stand for."""
+    if isinstance(value, QuantizedRows):
+        return (value.codes.to(dtype) * value.scales[..., None]).to(dtype)
+    return dequantize(value, dtype)
+
+
+def wide_linear(
+    x: Any, qw: Any, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """The library's product for an op's arguments, as if nothing had ever been in codes."""
+    numbers = x if isinstance(x, Tensor) else _wide(x, x.dtype)
+    return finish(F.linear(numbers, _wide(qw, x.dtype), bias), None, residual, activation)
+
+
+# What a benchmark compares with by name.
+LIBRARIES = {"16 bits": wide_linear}
+
+
+def flops(x: Any, qw: Any, **_: Any) -> int:
+    """Multiplications and additions of a call's product."""
+    count: int = 2 * math.prod(x.shape) * len(qw.scales)
+    return count
 
 
 # Rows of x, columns of x and outputs of each model's linear layers.

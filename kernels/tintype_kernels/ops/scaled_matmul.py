@@ -10,7 +10,6 @@ from torch import Tensor
 from tintype_kernels.ops.activate_quantized import write_quantized
 from tintype_kernels.ops.linear_epilogue import (
     check_epilogue,
-    empty_output,
     finish,
     store_finished,
     straight_through,
@@ -64,11 +63,12 @@ def triton_linear(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:  # fmt: skip
     """The op on a GPU, for codes of either type."""
-    out = empty_output(x, codes, scales, bias, residual, activation)
     rows = x.new_empty(x.shape, dtype=codes.dtype)
     row_scales = x.new_empty(x.shape[:-1], dtype=torch.float32)
     write_quantized(rows, row_scales, x)
-    _multiply(out, rows, row_scales, codes, scales, bias, residual, activation)
+    out: Tensor = ROWS_FORWARD(
+        as_bytes(rows), row_scales, as_bytes(codes), scales, bias, residual, activation, x.dtype
+    )
     return out
 
 
@@ -135,13 +135,36 @@ def _empty_product(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> 
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=others[-1])
 
 
+def _rows_library(
+    x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None,
+    activation: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """PyTorch's product of e4m3, which scales rows of both factors, too, and is summed as Triton's is."""
+    z = torch._scaled_mm(
+        from_bytes(x).reshape(-1, x.shape[-1]), from_bytes(codes).t(), x_scales.reshape(-1, 1), scales.reshape(1, -1),
+        bias, out_dtype=dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return finish(z.view(*x.shape[:-1], -1), None, residual, activation)
+
+
 def _rows_obstacle(x: Tensor, *_: Any) -> str:
     return arch_obstacle("fp8" if x.dtype == torch.uint8 else "int8", x)
 
 
+def _library_obstacle(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> str:
+    if (
+        x.dtype != torch.uint8
+        or others[-1] != torch.bfloat16
+        or codes.shape[0] % 16 + codes.shape[1] % 16
+    ):
+        return "PyTorch scales rows of e4m3 alone, whose sides 16 divides, to bfloat16"
+    hopper = torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return "" if hopper else "PyTorch scales rows of e4m3 from sm_90 on"
+
+
 ROWS_FORWARD = TorchOp(
     "quantized_rows_linear", fake=_empty_product, reference=_rows_reference, triton=_rows_triton,
-    obstacles={"triton": _rows_obstacle},
+    library=_rows_library, obstacles={"triton": _rows_obstacle, "library": _library_obstacle},
 )  # fmt: skip
 
 

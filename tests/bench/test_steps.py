@@ -1,0 +1,47 @@
+"""Where a step's time goes: rows of shapes whose weights are never written."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tintype_bench import steps
+from tintype_bench.random_weights import unwritten
+from tintype_bench.shapes import find_shape
+
+TINY = ["--tiny", "--device", "cpu", "--execution", "eager", "--steps", "2"]
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sd3-medium"])
+def test_rows_say_what_a_call_takes_and_what_took_it(shape, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "steps.json"
+    told = [shape, *TINY, "--stage", "step", "decode", "--precision", "fp32", "--json", str(target)]
+    monkeypatch.setattr(sys, "argv", ["steps", *told])
+    steps.main()
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert [(row["shape"], row["stage"]) for row in report["rows"]] == [
+        (shape, "step"),
+        (shape, "decode"),
+    ]
+    for row in report["rows"]:
+        assert row["milliseconds"] > 0
+        most = [each["milliseconds"] for each in row["kernels"]]
+        assert most == sorted(most, reverse=True)
+        assert 0 < most[0] <= row["kernel_milliseconds"]
+    assert capsys.readouterr().out.count("in kernels") == 2
+
+
+def test_a_precision_that_fails_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["steps", "sd15", *TINY, "--precision", "int2"])
+    steps.main()
+    assert "dtype='int2' is unknown" in capsys.readouterr().out
+
+
+def test_weights_that_are_never_written_are_the_same_each_time(tmp_path):
+    checkpoint = unwritten(find_shape("sd15", tiny=True), tmp_path / "sd15")
+    first, second = (checkpoint.component("vae", torch.bfloat16).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
