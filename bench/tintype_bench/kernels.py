@@ -1,10 +1,11 @@
 """Time every kernel against what it replaces: `python -m tintype_bench.kernels --json F`.
 
-Forms: ours; PyTorch eager; `torch.compile(mode="max-autotune-no-cudagraphs")`; and the libraries that an op's file
-names in `LIBRARIES`. Each row says how far it is from the copy bandwidth that was measured first, counting each
-tensor once, and where the op's file has `flops`, how many TFLOP/s it reached. What the compiler makes is timed last:
-max-autotune takes longer over it than all the others take together. A status of 75 says that --time-limit came first;
-`--resume` goes on from the rows that are in --json.
+Forms: ours, in Triton, and beside libraries the one that was chosen by measurement, where `TINTYPE_AUTOTUNE` is set;
+PyTorch eager; `torch.compile(mode="max-autotune-no-cudagraphs")`; and the libraries that an op's file names in
+`LIBRARIES`. Each row says how far it is from the copy bandwidth that was measured first, counting each tensor once, and
+where the op's file has `flops`, how many TFLOP/s it reached. What the compiler makes is timed last: max-autotune takes
+longer over it than all the others take together. A status of 75 says that --time-limit came first; `--resume` goes on
+from the rows that are in --json.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ def _forms(
         variants = getattr(getattr(module, "FORWARD", None), "variants", ())
         for variant in variants if device == "cuda" else ():
             yield variant.replace("triton_", "ours, "), function, variant
+        if device == "cuda" and hasattr(module, "LIBRARIES"):
+            yield "ours, chosen", function, "auto"
     if "eager" in wanted:
         yield "eager", plain, ""
     if "compiled" in wanted:

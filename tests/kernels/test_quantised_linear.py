@@ -9,14 +9,17 @@ import torch
 from kernel_checks import forced, norm_error, normal
 from matrix_samples import LINEAR
 from tintype_kernels import fp8_linear, int4_linear, int8_linear
+from tintype_kernels.native import GROUPS
+from tintype_kernels.ops.int4_linear import FORWARD, unpacked_weight
 from tintype_kernels.ops.linear_epilogue import ACTIVATIONS
 from tintype_kernels.ops.quantise import (
     Int8Weight,
+    dequantize,
     quantize_fp8,
     quantize_int4,
     quantize_int8,
 )
-from tolerances import LINEAR_FP8, LINEAR_INT4, LINEAR_INT8
+from tolerances import KERNEL_NORM, LINEAR_FP8, LINEAR_INT4, LINEAR_INT8
 from torch_contract import check_gradient_formula
 
 OPS = {
@@ -49,6 +52,26 @@ def test_int8_products_are_exact_integers():
     qw = Int8Weight(codes.to(torch.int8), torch.ones(6))
     with forced("triton"):
         assert torch.equal(int8_linear(x, qw), (x.double() @ codes.double().t()).float())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_int4_weights_unpack_in_one_pass_to_the_same_bits(group, dtype):
+    qw = quantize_int4(normal(70, 3 * group).float(), group)
+    assert torch.equal(unpacked_weight(qw, dtype), dequantize(qw, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_the_librarys_int4_form_equals_the_reference(dtype):
+    sample = next(s for s in LINEAR if s.op == "int4_linear")
+    arguments = sample.arguments(dtype)
+    x, qw, bias, residual, activation = (
+        arguments[n] for n in ("x", "qw", "bias", "residual", "activation")
+    )
+    actual = FORWARD.implementations["library"](x, *qw, bias, residual, activation)
+    assert actual.dtype == dtype
+    tolerance = KERNEL_NORM[str(dtype).removeprefix("torch.")]
+    assert norm_error(actual, sample.reference(arguments)[0]) < tolerance
 
 
 @every_op
