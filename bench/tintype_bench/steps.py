@@ -4,6 +4,9 @@ A shape's denoiser with the sampler's step around it, as pictures are made of: o
 guides, random weights that are never written; `--stage decode` times what is behind the last step. A row has the time
 of a call, of a walk of calls that nobody waits for between; what its kernels took by the GPU's own record; and the
 kernels that took most. What is left between is the host's doing. `--execution` as for `tintype.load`.
+
+`--peer` adds diffusers' denoiser alone, run eagerly in bfloat16 on the same weights and inputs, whose row has the
+decibels by which the outputs agree.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,12 @@ from tintype.backends.torch import TorchBackend
 from tintype.checkpoints import Checkpoint
 from tintype.errors import TintypeError
 from tintype.profiles import Profile
+from tintype_bench.agreement import agreement_db
 from tintype_bench.cases import GENERATORS
 from tintype_bench.conditions import conditions
 from tintype_bench.random_weights import unwritten
 from tintype_bench.shapes import SHAPES, find_shape
+from tintype_bench.work import Work
 from tintype_export.profiles import example_inputs
 from tintype_kernels.cache import replace_text
 
@@ -43,16 +48,42 @@ def measure(
     row: Row = {"shape": shape, "stage": stage, "precision": precision}
     row["execution"] = options.execution
     try:
-        step = _call(checkpoint, shape, precision, stage, options)
-        for _ in range(3):
-            step()
-        seconds = _seconds(step, options.steps, options.device)
-        kernels = _kernels(step, options.device)
+        return row | _timed(_call(checkpoint, shape, precision, stage, options), options)
     except (TintypeError, RuntimeError) as error:
         return row | {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+
+def measure_peer(checkpoint: Checkpoint, shape: str, options: argparse.Namespace) -> Row:
+    """The row of diffusers' denoiser."""
+    from tintype_bench.runners.diffusers_denoiser import denoiser
+
+    row: Row = {"shape": shape, "stage": "denoise", "precision": "bf16", "execution": "diffusers"}
+    try:
+        backend = TorchBackend(checkpoint, device=options.device, dtype="bf16")
+        profile = _profile(checkpoint, 2 if _guides(checkpoint, shape) else 1)
+        names = backend.inputs("denoise")
+        arrays = example_inputs(checkpoint, names, "denoise", profile)
+        if "guidance" in arrays:  # times 1000 in bfloat16, in which diffusers counts it, 3.5 is 3504
+            arrays["guidance"][:] = 4
+        own = backend.run("denoise", profile, arrays)["model_output"]
+        del backend  # one of the two at a time
+        theirs = denoiser(checkpoint, options.device, torch.bfloat16)
+        placed = {name: torch.from_numpy(a).to(options.device) for name, a in arrays.items()}
+        output = theirs(placed).float().cpu().numpy()
+        row["agreement_db"] = agreement_db(own, output, Work("", 0, 0, component="denoise"))
+        return row | _timed(lambda: theirs(placed), options)
+    except (TintypeError, RuntimeError) as error:
+        return row | {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+
+def _timed(step: Callable[[], Any], options: argparse.Namespace) -> Row:
+    for _ in range(3):
+        step()
+    seconds = _seconds(step, options.steps, options.device)
+    kernels = _kernels(step, options.device)
     busy = sum(spent for spent, _ in kernels.values())
     most = sorted(kernels.items(), key=lambda item: -item[1][0])[:_KEPT]
-    return row | {
+    return {
         "milliseconds": 1e3 * seconds,
         "kernel_milliseconds": busy,
         "kernels": [
@@ -69,16 +100,23 @@ def _call(
     backend = TorchBackend(
         checkpoint, device=options.device, dtype=precision, execution=options.execution
     )
-    setting = next(each for each in GENERATORS if each.shape == shape)
-    if stage == "step" and setting.guidance > 1 and checkpoint.family != "flux":
+    if stage == "step" and _guides(checkpoint, shape):
         stage = "guided_step"
-    defaults = checkpoint.defaults
-    size = (defaults["width"], defaults["height"])
-    profile = Profile(*size, 1).name
+    profile = _profile(checkpoint, 1)
     names = backend.inputs(stage)
     arrays = example_inputs(checkpoint, names, stage, profile)
     placed = {name: backend.place(array) for name, array in arrays.items()}
     return lambda: backend.run_placed(stage, profile, placed)
+
+
+def _guides(checkpoint: Checkpoint, shape: str) -> bool:
+    """Whether a step runs a second row; FLUX is told its guidance."""
+    setting = next(each for each in GENERATORS if each.shape == shape)
+    return setting.guidance > 1 and checkpoint.family != "flux"
+
+
+def _profile(checkpoint: Checkpoint, rows: int) -> str:
+    return Profile(checkpoint.defaults["width"], checkpoint.defaults["height"], rows).name
 
 
 def _seconds(step: Callable[[], Any], count: int, device: str) -> float:
@@ -114,11 +152,12 @@ def _kernels(step: Callable[[], Any], device: str) -> dict[str, tuple[float, int
 
 def line(row: Row) -> str:
     """The row, and below it the kernels that take most."""
-    start = f"{row['shape']:14} {row['stage']:6} {row['precision']:5} {row['execution']:9}"
+    start = f"{row['shape']:14} {row['stage']:7} {row['precision']:5} {row['execution']:9}"
     if "failed" in row:
         return f"{start} {row['failed']}"
     whole, busy = row["milliseconds"], row["kernel_milliseconds"]
-    lines = [f"{start} {whole:9.3f} ms, {busy:9.3f} in kernels ({busy / whole:.1%})"]
+    agrees = f", {row['agreement_db']:.0f} dB" if "agreement_db" in row else ""
+    lines = [f"{start} {whole:9.3f} ms, {busy:9.3f} in kernels ({busy / whole:.1%}){agrees}"]
     lines += [
         f"    {each['milliseconds']:8.3f} ms {each['milliseconds'] / busy:6.1%} {each['calls']:5} {each['name']}"
         for each in row["kernels"]
@@ -135,6 +174,7 @@ def main() -> None:
     parser.add_argument("--execution", default="graph", choices=["eager", "compiled", "graph"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=20, help="calls in a row that are timed")
+    parser.add_argument("--peer", action="store_true", help="time diffusers' denoiser, too")
     parser.add_argument("--tiny", action="store_true", help="few narrow layers, to try this out")
     parser.add_argument("--json", type=Path, metavar="F")
     options = parser.parse_args()
@@ -142,12 +182,19 @@ def main() -> None:
     for shape in options.shape:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = unwritten(find_shape(shape, tiny=options.tiny), Path(folder, shape))
-            for precision, stage in product(options.precision, options.stage):
-                rows.append(measure(checkpoint, shape, precision, stage, options))
-                print(line(rows[-1]), flush=True)
+            for row in _rows(checkpoint, shape, options):
+                rows.append(row)
+                print(line(row), flush=True)
                 if options.json:
                     report = {"conditions": conditions(), "rows": rows}
                     replace_text(options.json, json.dumps(report, indent=1) + "\n")
+
+
+def _rows(checkpoint: Checkpoint, shape: str, options: argparse.Namespace) -> Iterator[Row]:
+    for precision, stage in product(options.precision, options.stage):
+        yield measure(checkpoint, shape, precision, stage, options)
+    if options.peer:
+        yield measure_peer(checkpoint, shape, options)
 
 
 if __name__ == "__main__":

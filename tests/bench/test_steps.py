@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tintype_bench import steps
+from tintype_bench.agreement import COMPONENT_DB
 from tintype_bench.random_weights import unwritten
-from tintype_bench.shapes import find_shape
+from tintype_bench.shapes import SHAPES, find_shape
 
 TINY = ["--tiny", "--device", "cpu", "--execution", "eager", "--steps", "2"]
 
@@ -32,6 +34,16 @@ def test_rows_say_what_a_call_takes_and_what_took_it(shape, tmp_path, monkeypatc
         assert most == sorted(most, reverse=True)
         assert 0 < most[0] <= row["kernel_milliseconds"]
     assert capsys.readouterr().out.count("in kernels") == 2
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_the_peer_agrees_on_the_same_weights_and_inputs(shape, tmp_path):
+    pytest.importorskip("diffusers")
+    options = SimpleNamespace(device="cpu", steps=1)
+    checkpoint = unwritten(find_shape(shape, tiny=True), tmp_path / shape)
+    row = steps.measure_peer(checkpoint, shape, options)
+    assert row["agreement_db"] > COMPONENT_DB["bf16"]
+    assert row["milliseconds"] > 0
 
 
 def test_a_precision_that_fails_says_why(monkeypatch, capsys):
