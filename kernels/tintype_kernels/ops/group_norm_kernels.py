@@ -1,8 +1,10 @@
 """Triton kernels of `group_norm_silu`, and what its form in codes shares, for x of C channels and P pixels.
 
 Statistics of the pieces of a group are merged as Chan, Golub and LeVeque do ("Updating formulae", 1979), in an order
-that depends on the sizes of one sample alone: so a row has the same bits in any batch. A mean is kept as the sum of
-two numbers, for x - mean to be exact where the mean is thousands of times the spread.
+that depends on the sizes of one sample alone: so a row has the same bits in any batch. A piece's are sums about the
+mean of its first tile ("Algorithms for computing the sample variance", 1983): of the squares no more is cancelled than
+the piece has tiles. A mean is kept as the sum of two numbers, for x - mean to be exact where the mean is thousands of
+times the spread.
 """
 
 from __future__ import annotations
@@ -101,23 +103,21 @@ def pieces_kernel(
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     first = split * SPAN
     last = tl.minimum(first + SPAN, P)
-    WIDE: tl.constexpr = pieces.dtype.element_ty
-    mean = tl.zeros((CHANNELS,), WIDE)
-    low = tl.zeros((CHANNELS,), WIDE)
-    squares = tl.zeros((CHANNELS,), WIDE)
-    for start in range(first, last, PIXELS):
+    pixels = first + tl.arange(0, PIXELS)
+    h, _, mask = _load(x, residual, n, c, pixels, last, C, P, RESIDUAL, CHANNELS_LAST)
+    mean = tl.sum(tl.where(mask, h, 0.0), 0) / tl.minimum(PIXELS, last - first).to(h.dtype)
+    away = tl.where(mask, h - mean[None, :], 0.0)
+    squares = away * away
+    # Nothing is summed up inside: each thread adds to numbers of its own.
+    for start in range(first + PIXELS, last, PIXELS):
         pixels = start + tl.arange(0, PIXELS)
         h, _, mask = _load(x, residual, n, c, pixels, last, C, P, RESIDUAL, CHANNELS_LAST)
-        before, here = (start - first).to(WIDE), tl.minimum(PIXELS, last - start).to(WIDE)
-        if start == first:
-            mean = tl.sum(tl.where(mask, h, 0.0), 0) / here
         centred = tl.where(mask, h - mean[None, :], 0.0)
-        away = tl.sum(centred, 0) / here
-        centred = tl.where(mask, centred - away[None, :], 0.0)
-        away -= low
-        share = here / (before + here)
-        squares += tl.sum(centred * centred, 0) + away * away * before * share
-        low += away * share
+        away += centred
+        squares += centred * centred
+    count = (last - first).to(mean.dtype)
+    low = tl.sum(away, 0) / count
+    squares = tl.sum(squares, 0) - low * low * count
     at = pieces + (n * 3 * C + c) * splits + split
     tl.store(at, mean, c < C)
     tl.store(at + C * splits, low, c < C)

@@ -30,6 +30,7 @@ from tintype_kernels.triton_support import ceil_div, power_of_two
 
 ON_CHIP = 8192  # elements of a group that a block of eight warps holds without a spill
 TILE = 4096  # elements that a block of four warps works on at a time
+BLOCKS = 128  # that a sample is to have at least: large chips have as many multiprocessors
 PIECES = 8192  # pieces of a group that are merged by one block
 
 
@@ -106,8 +107,11 @@ class Plan:
         channels = 64 if layout == torch.channels_last else ceil_div(TILE, power_of_two(self.P))
         channels = min(channels, power_of_two(C))
         pixels = min(TILE // channels, power_of_two(self.P))
-        # Four tiles a block spread the cost of a piece's statistics; more where a group would have too many pieces.
-        self.span = pixels * max(4, ceil_div(self.P * (C // groups), PIECES * pixels))
+        # Up to eight tiles a block spread the cost of a piece's statistics, as long as a sample has blocks for a chip;
+        # more where a group would have too many pieces.
+        tiles = ceil_div(self.P, pixels) * ceil_div(C, channels)
+        fewest = ceil_div(self.P * (C // groups), PIECES * pixels)
+        self.span = pixels * max(1, min(8, tiles // BLOCKS), fewest)
         self.splits = ceil_div(self.P, self.span)
         self.tile = {**self.layout, "PIXELS": pixels, "CHANNELS": channels}
         self.tiles = (ceil_div(self.P, pixels), ceil_div(C, channels), n)
