@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Checks and times everything on a GPU, part by part: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]
 #
-# Parts: kernels sd15 sdxl sd3 flux-dev flux-schnell batches memory report (all by default, in this order). A part ends
+# Parts: kernels steps sd15 sdxl sd3 flux-dev flux-schnell batches memory report (all by default, in this order). A part ends
 # within LIMIT seconds (540); one that stopped before its end goes on where it was when the same line is run again, and
 # one that is done is left alone. OPTIONS go to the part's command: of `tintype_bench.kernels` for kernels, of
-# `tintype_bench.memory_ladder` for memory, else of `tintype bench`.
+# `tintype_bench.steps` for steps, of `tintype_bench.memory_ladder` for memory, else of `tintype bench`.
 # Needs python with torch, triton, numpy, pillow, tokenizers, safetensors and transformers, and no installation:
 # everything runs from this checkout. Wheels in the folder WHEELS (diffusers, for the peers) are unpacked beside it.
 set -uo pipefail
 usage="usage: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]"
 out="${1:?$usage}"
 shift
-all=(kernels sd15 sdxl sd3 flux-dev flux-schnell batches memory report)
+all=(kernels steps sd15 sdxl sd3 flux-dev flux-schnell batches memory report)
 parts=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do parts+=("$1"); shift; done
 [ $# -gt 0 ] && shift
@@ -76,6 +76,14 @@ generators() {
         --markdown "$out/$name.md" --resume --time-limit "$limit" "$@"
 }
 
+# A step of each generator, kernel by kernel, beside diffusers' denoiser.
+steps() {
+    timeout "$limit" "$python" -m tintype_bench.steps sd15 sdxl sd3-medium flux1-dev --precision bf16 fp8 int8 --peer \
+        --stage step decode --json "$out/steps.json" "$@" 2>&1 | tee -a "$out/steps.txt"
+    local status=$?
+    return $((status == 124 ? 75 : status))
+}
+
 # What SD3 and FLUX take at each setting, beside the prediction.
 memory() {
     timeout "$limit" "$python" -m tintype_bench.memory_ladder sd3-medium flux1-dev --json "$out/memory.json" "$@"
@@ -95,6 +103,7 @@ part() {
     flux-schnell) generators flux-schnell "flux1-schnell *, batch 1," "$@" ;;
     batches) generators batches "for throughput" --in-turn "$@" ;;
     memory) memory "$@" ;;
+    steps) steps "$@" ;;
     report) cat "$out"/*.md >"$out/campaign.txt" 2>/dev/null && cat "$out/campaign.txt" ;;
     *)
         echo "part $name is unknown; choose among ${all[*]}; $usage" >&2

@@ -45,7 +45,7 @@ def machine_name(surroundings: dict[str, Any]) -> str:
     """The folder under `bench/results/`: the GPU's name, or the CPU's cores and what it lacks for fewer bits."""
     gpu = surroundings.get("gpu")
     if gpu:
-        return str(gpu).lower().replace(" ", "-")
+        return str(gpu).lower().removeprefix("nvidia ").replace(" ", "-")
     lacks = {"cpu_vnni": "-without-vnni", "cpu_bf16": "-without-bf16"}
     lacking = next((said for name, said in lacks.items() if not surroundings[name]), "")
     return f"cpu-{surroundings['cores']}core{lacking}"

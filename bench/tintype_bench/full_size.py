@@ -93,17 +93,12 @@ def _of_bundle(
     yield Figure(model, precision, "export", **exported)
     if "error" in exported:
         return
-    for backend in _runnable(precision, options.backend):
+    for backend in options.backend:
         outcome = _apart("run", {**told, "backend": backend}, options.json)
         yield Figure(model, precision, f"one step on {backend}", **outcome)
     for gpu in options.gpu:
         outcome = _apart("engines", {**told, "gpu": gpu}, options.json)
         yield Figure(model, precision, f"engines for {gpu}", **outcome)
-
-
-def _runnable(precision: str, backends: Iterable[str]) -> Iterator[str]:
-    """onnxruntime has no float16 product on a CPU worth waiting for, and the figures of the other precisions stand."""
-    return (name for name in backends if (name, precision) != ("onnxruntime", "fp16"))
 
 
 def _apart(task: str, told: Mapping[str, Any], report: Path) -> dict[str, Any]:

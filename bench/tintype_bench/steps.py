@@ -6,7 +6,7 @@ of a call, of a walk of calls that nobody waits for between; what its kernels to
 kernels that took most. What is left between is the host's doing. `--execution` as for `tintype.load`.
 
 `--peer` adds diffusers' denoiser alone, run eagerly in bfloat16 on the same weights and inputs, whose row has the
-decibels by which the outputs agree.
+decibels by which the outputs agree. A row that is in F is left alone, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tintype_export.profiles import example_inputs
 from tintype_kernels.cache import replace_text
 
 Row = dict[str, Any]
+_PEER = {"stage": "denoise", "precision": "bf16", "execution": "diffusers"}
 _KEPT = 25  # kernels of a row
 _NAME = 110  # characters of a kernel's
 
@@ -57,7 +58,7 @@ def measure_peer(checkpoint: Checkpoint, shape: str, options: argparse.Namespace
     """The row of diffusers' denoiser."""
     from tintype_bench.runners.diffusers_denoiser import denoiser
 
-    row: Row = {"shape": shape, "stage": "denoise", "precision": "bf16", "execution": "diffusers"}
+    row: Row = {"shape": shape, **_PEER}
     try:
         backend = TorchBackend(checkpoint, device=options.device, dtype="bf16")
         profile = _profile(checkpoint, 2 if _guides(checkpoint, shape) else 1)
@@ -178,11 +179,12 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="few narrow layers, to try this out")
     parser.add_argument("--json", type=Path, metavar="F")
     options = parser.parse_args()
-    rows: list[Row] = []
+    kept = options.json is not None and options.json.is_file()
+    rows: list[Row] = json.loads(options.json.read_text(encoding="utf-8"))["rows"] if kept else []
     for shape in options.shape:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = unwritten(find_shape(shape, tiny=options.tiny), Path(folder, shape))
-            for row in _rows(checkpoint, shape, options):
+            for row in _rows(checkpoint, shape, options, {_key(row) for row in rows}):
                 rows.append(row)
                 print(line(row), flush=True)
                 if options.json:
@@ -190,10 +192,17 @@ def main() -> None:
                     replace_text(options.json, json.dumps(report, indent=1) + "\n")
 
 
-def _rows(checkpoint: Checkpoint, shape: str, options: argparse.Namespace) -> Iterator[Row]:
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("shape", "stage", "precision", "execution"))
+
+
+def _rows(
+    checkpoint: Checkpoint, shape: str, options: argparse.Namespace, known: set[tuple[Any, ...]]
+) -> Iterator[Row]:
     for precision, stage in product(options.precision, options.stage):
-        yield measure(checkpoint, shape, precision, stage, options)
-    if options.peer:
+        if (shape, stage, precision, options.execution) not in known:
+            yield measure(checkpoint, shape, precision, stage, options)
+    if options.peer and (shape, *_PEER.values()) not in known:
         yield measure_peer(checkpoint, shape, options)
 
 

@@ -34,6 +34,9 @@ def test_rows_say_what_a_call_takes_and_what_took_it(shape, tmp_path, monkeypatc
         assert most == sorted(most, reverse=True)
         assert 0 < most[0] <= row["kernel_milliseconds"]
     assert capsys.readouterr().out.count("in kernels") == 2
+    steps.main()  # what is known is left alone
+    assert json.loads(target.read_text(encoding="utf-8"))["rows"] == report["rows"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))

@@ -270,7 +270,7 @@ def test_results_have_a_folder_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(Campaign, "run", lambda self, kept, resume: made)
     monkeypatch.setattr("tintype_bench.nvml.describe", lambda: {"gpu": "NVIDIA H200"})
     assert main(["bench", "--results", str(tmp_path)]) == 0
-    written = {path.name for path in (tmp_path / "nvidia-h200").iterdir()}
+    written = {path.name for path in (tmp_path / "h200").iterdir()}
     assert written == {"quick.json", "quick.html", "quick.md"}
     named = {
         (True, True): "cpu-8core",
@@ -279,7 +279,7 @@ def test_results_have_a_folder_of_the_machine(tmp_path, monkeypatch):
     }
     for (bf16, vnni), name in named.items():
         assert machine_name({"cores": 8, "cpu_bf16": bf16, "cpu_vnni": vnni}) == name
-    assert json.loads((tmp_path / "nvidia-h200" / "quick.json").read_text()) == made
+    assert json.loads((tmp_path / "h200" / "quick.json").read_text()) == made
 
 
 @pytest.mark.parametrize(
