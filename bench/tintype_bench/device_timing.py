@@ -1,4 +1,4 @@
-"""One timer for kernels. On CUDA: events around a replayed graph, the second-level cache flushed before each run."""
+"""One timer for kernels. On CUDA: events around a replayed graph, which leaves out what no engine pays either."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from tintype_bench.spread import Spread, spread
+from tintype_kernels.replay_times import replay_times
 
-FLUSH_BYTES = (
-    512 * 2**20
-)  # beyond every GPU's second-level cache, and long enough to hide the next launch
 COPY_BYTES = 2**30
 
 
@@ -23,7 +21,7 @@ def time_call(
     """Microseconds of `runs` calls after two to warm up; on a CPU of fewer, once they took `longest` seconds."""
     for _ in range(2):
         call()
-    return spread(_cuda(call, runs) if device == "cuda" else _cpu(call, runs, longest))
+    return spread(replay_times(call, runs) if device == "cuda" else _cpu(call, runs, longest))
 
 
 def _cpu(call: Callable[[], Any], runs: int, longest: float) -> list[float]:
@@ -31,24 +29,6 @@ def _cpu(call: Callable[[], Any], runs: int, longest: float) -> list[float]:
     while len(found) < runs and sum(found) < 1e6 * longest:
         found.append(_wall(call))
     return found
-
-
-def _cuda(call: Callable[[], Any], runs: int) -> list[float]:
-    """A graph leaves out what Python and launches cost, which an engine does not pay either."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        call()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    make: Any = torch.cuda.Event
-    events = [[make(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-    for begun, ended in events:
-        flush.zero_()
-        begun.record()
-        graph.replay()
-        ended.record()
-    torch.cuda.synchronize()
-    return [1000 * begun.elapsed_time(ended) for begun, ended in events]
 
 
 def _wall(call: Callable[[], Any]) -> float:

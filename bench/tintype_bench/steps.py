@@ -64,7 +64,9 @@ def measure_peer(checkpoint: Checkpoint, shape: str, options: argparse.Namespace
         profile = _profile(checkpoint, 2 if _guides(checkpoint, shape) else 1)
         names = backend.inputs("denoise")
         arrays = example_inputs(checkpoint, names, "denoise", profile)
-        if "guidance" in arrays:  # times 1000 in bfloat16, in which diffusers counts it, 3.5 is 3504
+        if (
+            "guidance" in arrays
+        ):  # times 1000 in bfloat16, in which diffusers counts it, 3.5 is 3504
             arrays["guidance"][:] = 4
         own = backend.run("denoise", profile, arrays)["model_output"]
         del backend  # one of the two at a time
