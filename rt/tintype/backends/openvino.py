@@ -153,6 +153,9 @@ class OpenVinoBackend(OnHost):
     def _dtype(self, wanted: str) -> str:
         capabilities = self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
         runs = ["float32", *(name for name, has in _CAPABILITY.items() if has in capabilities)]
+        if self._device == "CPU" and "float16" in runs:
+            # CPUs that say so saturate at 65504 where float16 overflows: a wrong picture that looks finite.
+            runs.remove("float16")
         name = DTYPES.get(wanted, wanted)
         if name == "auto":
             stored = _AUTO.get(self.bundle.precision, "float32")
