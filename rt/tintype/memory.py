@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tintype.backends.offloading import OFFLOADS
-from tintype.backends.torch import TorchBackend, made_safe
+from tintype.backends.torch import RunRows, TorchBackend, made_safe
 from tintype.checkpoints import Checkpoint
 from tintype.loading import torch_pipeline
 
@@ -85,9 +85,7 @@ class _Hollow(TorchBackend):
         self._mode = mode
         self._live = LiveBytes()
 
-    def run_placed(
-        self, stage: str, profile: str, inputs: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _run(self, stage: str, inputs: Mapping[str, Tensor], _: RunRows) -> dict[str, Tensor]:
         module = self.module(stage)
         with torch.inference_mode(), self._mode, self._live, self._attention():
             faces = [inputs[name] for name in module.inputs]

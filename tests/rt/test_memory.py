@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,15 +37,21 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def allocated(pipeline: Any, trace: Path, **request: Any) -> int:
     """The most bytes that a call had from the allocator at once, beside the weights that were there before."""
     pipeline("", **REQUEST)
-    gc.collect()  # what earlier tests left would be given back meanwhile, and count as this call's
     kinds = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True) as profiler:
         pipeline("", **REQUEST | request)
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
     found = [each["args"] for each in events if each["name"] == "[memory]"]
-    sizes = [event["Bytes"] for event in sorted(found, key=lambda event: event["Ev Idx"])]
-    return int(np.cumsum(sizes).max())
+    live: dict[int, int] = {}
+    most = 0
+    for event in sorted(found, key=lambda event: event["Ev Idx"]):
+        if event["Bytes"] > 0:
+            live[event["Addr"]] = event["Bytes"]
+            most = max(most, sum(live.values()))
+        else:  # of memory from before, whose size torch may remember from another trace, nothing counts
+            live.pop(event["Addr"], None)
+    return most
 
 
 def weights(pipeline: Any) -> int:

@@ -30,10 +30,11 @@ class ResnetBlock(nn.Module):
         h, bias = convolved_apart(self.conv1, h)
         shift = _shift(None if time is None else self.time_emb_proj(F.silu(time)), bias, len(x))
         h = group_norm(self.norm2, h, silu=True, residual=shift, readers=[self.conv2])
-        if hasattr(self, "conv_shortcut"):
-            h, bias = convolved_apart(self.conv2, h)
-            return h + pointwise(self.conv_shortcut, x, bias)
-        return self.conv2(h) + x
+        if not hasattr(self, "conv_shortcut"):
+            h = self.conv2(h)  # what it read is free before the sum is made
+            return h + x
+        h, bias = convolved_apart(self.conv2, h)
+        return h + pointwise(self.conv_shortcut, x, bias)
 
 
 def _shift(told: Tensor | None, bias: Tensor | None, samples: int) -> Tensor | None:
