@@ -81,6 +81,20 @@ def test_pictures_are_true_to_float32(exported, backend):
     assert psnr(actual, expected) > LEAST_DB_16_BITS
 
 
+@pytest.mark.parametrize("exported", ["fp16"], indirect=True)
+def test_overflow_in_openvinos_own_float16_is_noticed(exported):
+    ov = pytest.importorskip("openvino")
+    if "FP16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("needs float16 instructions: without, OpenVINO computes in float32")
+    source, folder, _ = exported
+    expected = tintype.load(source, backend="torch", dtype="float32")("red", **SETTINGS).images
+    pipe = tintype.load(folder, backend="openvino")
+    pipe.family.backend.dtype = "float16"  # which CPUs refuse; other devices rely on the guard
+    with pytest.warns(RuntimeWarning, match="stage decode met NaN or infinity in float16"):
+        actual = pipe("red", **SETTINGS).images
+    assert psnr(actual, expected) > LEAST_DB_16_BITS
+
+
 def test_a_type_that_onnxruntime_does_not_compute_in_is_refused(exported):
     _, folder, precision = exported
     wanted = {"fp16": "float32", "bf16": "bfloat16"}[precision]

@@ -152,18 +152,23 @@ def test_a_graph_that_does_not_load_is_named_in_one_line(tiny_copy, bad):
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_stage_that_meets_nan_in_16_bits_runs_again_in_float32(backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "met"),
+    [("bfloat16", np.nan), ("bfloat16", np.inf), ("float16", np.nan), ("float16", 65504)],
+    ids=str,
+)
+def test_a_stage_that_overflows_in_16_bits_runs_again_in_float32(backend, monkeypatch, dtype, met):
     expected = backend.run("denoise", "32x32-b1", denoise_inputs())["model_output"]
     graph_of = backend._graphs.get
 
     class Overflown:
         def run(self, inputs):
-            return {"model_output": np.full_like(expected, np.nan)}
+            return {"model_output": np.full_like(expected, met)}
 
-    backend.dtype = "bfloat16"
-    broken = {"bfloat16": lambda key: Overflown(), "float32": graph_of}
+    backend.dtype = dtype
+    broken = {dtype: lambda key: Overflown(), "float32": graph_of}
     monkeypatch.setattr(backend._graphs, "get", lambda key: broken[key.dtype](key))
-    with pytest.warns(RuntimeWarning, match="stage denoise met NaN or infinity in bfloat16"):
+    with pytest.warns(RuntimeWarning, match=f"stage denoise met NaN or infinity in {dtype}"):
         actual = backend.run("denoise", "32x32-b1", denoise_inputs())["model_output"]
     np.testing.assert_array_equal(actual, expected)
 
@@ -172,6 +177,11 @@ def test_a_bundle_in_bfloat16_is_computed_in_it_where_the_processor_can(tiny_cop
     save_again(tiny_copy, precision="bf16")
     dtype = OpenVinoBackend(open_bundle(tiny_copy)).dtype
     assert dtype == ("bfloat16" if HAS_BF16 else "float32")
+
+
+def test_a_bundle_in_float16_is_computed_in_float32_on_every_cpu(tiny_copy):
+    save_again(tiny_copy, precision="fp16")
+    assert OpenVinoBackend(open_bundle(tiny_copy)).dtype == "float32"
 
 
 def test_blobs_are_kept_where_asked_for_and_follow_the_weights(tiny_copy, monkeypatch):
@@ -208,12 +218,9 @@ def test_options_that_it_lacks_say_what_there_is(tiny_bundle, options, error, sa
         tintype.load(tiny_bundle, backend="openvino", **options)
 
 
-@pytest.mark.skipif(
-    "FP16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="needs a processor without float16 instructions",
-)
-def test_a_dtype_that_the_processor_lacks_is_refused(tiny_bundle):
-    with pytest.raises(BackendUnavailable, match="'float16' is nothing that this CPU computes in"):
+def test_float16_is_refused_on_every_cpu_even_where_it_has_instructions_for_it(tiny_bundle):
+    said = "'float16' is nothing that openvino computes in on this CPU; choose one of auto, float32"
+    with pytest.raises(BackendUnavailable, match=said):
         tintype.load(tiny_bundle, backend="openvino", dtype="float16")
 
 
