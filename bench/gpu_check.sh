@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Checks and times everything on a GPU, part by part: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]
 #
-# Parts: kernels steps sd15 sdxl sd3 flux-dev flux-schnell batches memory report (all by default, in this order). A part ends
-# within LIMIT seconds (540); one that stopped before its end goes on where it was when the same line is run again, and
-# one that is done is left alone. OPTIONS go to the part's command: of `tintype_bench.kernels` for kernels, of
+# Parts: kernels steps sd15 sdxl sd3 flux-dev flux-schnell batches memory report (all by default, in this order). A part
+# ends within LIMIT seconds (540); one that stopped before its end goes on where it was when the same line is run again,
+# and one that is done is left alone. OPTIONS go to the part's command: of `tintype_bench.kernels` for kernels, of
 # `tintype_bench.steps` for steps, of `tintype_bench.memory_ladder` for memory, else of `tintype bench`.
 # Needs python with torch, triton, numpy, pillow, tokenizers, safetensors and transformers, and no installation:
 # everything runs from this checkout. Wheels in the folder WHEELS (diffusers, for the peers) are unpacked beside it.
@@ -76,19 +76,22 @@ generators() {
         --markdown "$out/$name.md" --resume --time-limit "$limit" "$@"
 }
 
-# A step of each generator, kernel by kernel, beside diffusers' denoiser.
-steps() {
-    timeout "$limit" "$python" -m tintype_bench.steps sd15 sdxl sd3-medium flux1-dev --precision bf16 fp8 int8 --peer \
-        --stage step decode --json "$out/steps.json" "$@" 2>&1 | tee -a "$out/steps.txt"
+# bounded MODULE OPTIONS: what goes on by itself from the rows that it wrote, ended when its time is up
+bounded() {
+    timeout "$limit" "$python" -m "$@"
     local status=$?
     return $((status == 124 ? 75 : status))
 }
 
+# A step of each generator, kernel by kernel, beside diffusers' denoiser.
+steps() {
+    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev --precision bf16 fp8 int8 --peer \
+        --stage step decode --json "$out/steps.json" "$@" 2>&1 | tee -a "$out/steps.txt"
+}
+
 # What SD3 and FLUX take at each setting, beside the prediction.
 memory() {
-    timeout "$limit" "$python" -m tintype_bench.memory_ladder sd3-medium flux1-dev --json "$out/memory.json" "$@"
-    local status=$?
-    return $((status == 124 ? 75 : status))
+    bounded tintype_bench.memory_ladder sd3-medium flux1-dev --json "$out/memory.json" "$@"
 }
 
 part() {

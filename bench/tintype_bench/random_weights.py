@@ -57,7 +57,7 @@ class Unwritten(Checkpoint):
         part = self.components[name]
         with torch.device("meta"):
             module = builder(name, part.architecture, part.config)()
-        state = {key: draw(key, like).to(device) for key, like in module.state_dict().items()}
+        state = {key: draw(key, like) for key, like in module.state_dict().items()}
         module.load_state_dict(state, assign=True)
         return module.eval()
 

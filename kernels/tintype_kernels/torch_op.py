@@ -173,9 +173,14 @@ def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
 
 
-def wide(tensor: Tensor) -> Tensor:
+def wide_type(tensor: Tensor) -> torch.dtype:
     """The type that sums are made in: float32, or float64 where the tensor is that already."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the type that its sums are made in."""
+    return tensor.to(wide_type(tensor))
 
 
 def per_sample(name: str, tensor: Tensor, x: Tensor) -> Tensor:

@@ -9,18 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tintype.checkpoints import Checkpoint
-from tintype.errors import RequestError
 from tintype.models.stages import stage_component
+from tintype_bench.runners.diffusers_pipeline import imported
 
 Denoise = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def denoiser(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Denoise:
     """With the checkpoint's weights, eagerly; a UNet's convolutions lie channels-last, as diffusers' guide asks."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise RequestError(f"the peer diffusers cannot be imported ({error})") from error
+    diffusers = imported()
     name = stage_component("denoise", checkpoint.components)
     part = checkpoint.components[name]
     with torch.device("meta"):
@@ -58,19 +55,18 @@ def _sd3(model: nn.Module, told: Mapping[str, Tensor]) -> Tensor:
 
 
 def _flux(model: nn.Module, told: Mapping[str, Tensor]) -> Tensor:
-    from diffusers import FluxPipeline
-
+    pipeline: Any = imported().FluxPipeline
     n, c, h, w = told["sample"].shape
     text = told["encoder_hidden_states"]
     output = model(
-        hidden_states=FluxPipeline._pack_latents(told["sample"], n, c, h, w),
+        hidden_states=pipeline._pack_latents(told["sample"], n, c, h, w),
         timestep=told["timestep"] / 1000,
         guidance=told.get("guidance"),
         encoder_hidden_states=text,
         pooled_projections=told["text_embeds"],
-        img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, text.device, text.dtype),
+        img_ids=pipeline._prepare_latent_image_ids(n, h // 2, w // 2, text.device, text.dtype),
         txt_ids=text.new_zeros(text.shape[1], 3),
         return_dict=False,
     )[0]
-    unpacked: Tensor = FluxPipeline._unpack_latents(output, 8 * h, 8 * w, 8)
+    unpacked: Tensor = pipeline._unpack_latents(output, 8 * h, 8 * w, 8)
     return unpacked

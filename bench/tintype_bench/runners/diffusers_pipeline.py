@@ -34,7 +34,8 @@ def load(work: Work, runner: Runner) -> Running:
     return DiffusersPictures(pipe, work, denoiser, runner.device)
 
 
-def _pipeline(work: Work, dtype: torch.dtype) -> Any:
+def imported() -> Any:
+    """The package, or an error that says how to get it."""
     try:
         import diffusers
     except ImportError as error:
@@ -42,6 +43,11 @@ def _pipeline(work: Work, dtype: torch.dtype) -> Any:
             f"the peer diffusers cannot be imported ({str(error).splitlines()[0]}); install it with: "
             'pip install "tintype[bench]"'
         ) from error
+    return diffusers
+
+
+def _pipeline(work: Work, dtype: torch.dtype) -> Any:
+    diffusers = imported()
     if not work.checkpoint:
         raise RequestError("diffusers reads a checkpoint folder, and this model is a bundle alone")
     diffusers.utils.logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tintype_kernels.torch_op import wide
+from tintype_kernels.torch_op import wide_type
 from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl
 
 LOG2_E = math.log2(math.e)
@@ -298,7 +298,7 @@ def empty_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out, and where a gradient will be asked for the base-2 logarithms of both softmaxes' denominators."""
     empty, per_row = (0,), q.shape[:3]
-    dtype = wide(q.new_empty(0)).dtype
+    dtype = wide_type(q)
     lse = q.new_empty(per_row if differentiable else empty, dtype=dtype)
     extra = differentiable and k_extra is not None
     return empty_like(q), lse, q.new_empty(per_row if extra else empty, dtype=dtype)

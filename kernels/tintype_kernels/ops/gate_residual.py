@@ -16,6 +16,7 @@ from tintype_kernels.torch_op import (
     public,
     unit_stride,
     wide,
+    wide_type,
 )  # fmt: skip
 from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
 
@@ -92,7 +93,7 @@ def _triton_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Ten
     dy, (b, t, c), tile = empty(y), y.shape, _tile(y.shape[-1])
     # How a sample is cut never depends on the batch.
     span = tile["ROWS"] * ceil_div(t, 128 * tile["ROWS"])
-    sums = y.new_empty(b, ceil_div(t, span), c, dtype=wide(gate).dtype)
+    sums = y.new_empty(b, ceil_div(t, span), c, dtype=wide_type(gate))
     y, gate = unit_stride(y), unit_stride(gate)
     _backward_kernel[sums.shape[1], ceil_div(c, tile["CHANNELS"]), b](
         grad.contiguous(), y, gate, dy, sums, t, c, span, *y.stride()[:2], gate.stride(0), **tile

@@ -25,6 +25,7 @@ from tintype_kernels.torch_op import (
     check_floating,
     public,
     wide,
+    wide_type,
 )
 from tintype_kernels.triton_support import ceil_div, power_of_two
 
@@ -188,9 +189,7 @@ def _empty_outputs(
 
 def empty_stats(x: Tensor, groups: int) -> Tensor:
     """[n, 3, groups]: mean, what the mean lost in rounding, inverse standard deviation."""
-    # Not by `wide`, which would convert all of x.
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[0], 3, groups, dtype=dtype)
+    return x.new_empty(x.shape[0], 3, groups, dtype=wide_type(x))
 
 
 def _empty_gradients(

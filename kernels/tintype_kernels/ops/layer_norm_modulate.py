@@ -21,6 +21,7 @@ from tintype_kernels.torch_op import (
     public,
     unit_stride,
     wide,
+    wide_type,
 )  # fmt: skip
 from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl, too_wide, widen
 
@@ -135,7 +136,7 @@ def _triton_backward(
     dx, (b, t, c), tile = empty(x), x.shape, row_tile(x.shape[-1])
     # Sums over 128 spans at most; how a sample is cut never depends on the batch.
     span = tile["ROWS"] * ceil_div(t, 128 * tile["ROWS"])
-    sums = x.new_empty(b, ceil_div(t, span), 2, c, dtype=wide(scale).dtype)
+    sums = x.new_empty(b, ceil_div(t, span), 2, c, dtype=wide_type(scale))
     x, scale = unit_stride(x), unit_stride(scale)
     _backward_kernel[sums.shape[1], b](
         grad.contiguous(), x, scale, dx, sums, t, c, span, *x.stride()[:2], scale.stride(0), eps, unit, **tile

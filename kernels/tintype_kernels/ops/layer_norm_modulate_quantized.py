@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from tintype_kernels.ops import layer_norm_modulate as plain
@@ -29,9 +28,7 @@ def reference(
     x: Tensor, shift: Tensor, scale: Tensor, scheme: str = "int8", eps: float = 1e-6, unit: float = 1.0
 ) -> QuantizedRows:  # fmt: skip
     """The op in plain PyTorch."""
-    b, _, c = x.shape
-    normed = F.layer_norm(x, (c,), eps=eps)
-    return plain_rows(normed * (unit + scale.view(b, 1, c)) + shift.view(b, 1, c), scheme)
+    return plain_rows(plain.reference(x, shift, scale, eps, unit), scheme)
 
 
 def _reference_forward(

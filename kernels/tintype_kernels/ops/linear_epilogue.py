@@ -162,7 +162,7 @@ def check_activation(activation: str) -> None:
 def _wide(value: Any, dtype: torch.dtype) -> Tensor:
     """What weights or rows in codes stand for."""
     if isinstance(value, QuantizedRows):
-        return (value.codes.to(dtype) * value.scales[..., None]).to(dtype)
+        return value.numbers().to(dtype)
     return dequantize(value, dtype)
 
 

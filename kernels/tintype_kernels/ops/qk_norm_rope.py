@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tintype_kernels.torch_op import TorchOp, check, check_floating, public, unit_stride, wide
+from tintype_kernels.torch_op import (
+    TorchOp,
+    check,
+    check_floating,
+    public,
+    unit_stride,
+    wide,
+    wide_type,
+)
 from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
 
 TILE = 4096  # elements that a block of four warps holds in registers
@@ -199,7 +207,7 @@ def _triton_backward(
     for which, (grad, x, weight) in enumerate(((q_grad, q, q_weight), (k_grad, k, k_weight))):
         dx, dweight = gradients[which], gradients[which + 2]
         grad, x, weight = unit_stride(grad), unit_stride(x), _contiguous(weight)  # noqa: PLW2901
-        sums = wide(q.new_empty(0)).new_empty(grid[0] * grid[1] * grid[2], q.shape[-1])
+        sums = q.new_empty(grid[0] * grid[1] * grid[2], q.shape[-1], dtype=wide_type(q))
         strides = [tensor.stride()[:3] for tensor in (grad, x, dx)]
         _backward_kernel[grid](
             grad, x, weight, cos, sin, dx, sums, *strides, *q.shape[1:], eps, **tile

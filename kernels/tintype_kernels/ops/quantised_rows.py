@@ -31,6 +31,10 @@ class QuantizedRows(NamedTuple):
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    def numbers(self) -> Tensor:
+        """What the codes stand for, float64 [..., n]."""
+        return self.codes.double() * self.scales.double()[..., None]
+
 
 @jit
 def store_quantized(

@@ -108,12 +108,8 @@ def plain_linear(
 def _tokens(x: Tensor | QuantizedRows, kind: torch.dtype) -> Tensor:
     """The numbers that x's codes stand for."""
     if isinstance(x, QuantizedRows):
-        return _dequantized(x.codes, x.scales)
-    return straight_through(x, _dequantized(*quantize_rows(x.detach(), kind)))
-
-
-def _dequantized(codes: Tensor, scales: Tensor) -> Tensor:
-    return codes.double() * scales.double()[..., None]
+        return x.numbers()
+    return straight_through(x, QuantizedRows(*quantize_rows(x.detach(), kind), x.dtype).numbers())
 
 
 def _rows_reference(

@@ -12,7 +12,7 @@ from tintype_kernels import native as extension
 from tintype_kernels.dispatch import select
 from tintype_kernels.philox import philox_normals
 from tintype_kernels.scheduler_step import NoiseKey, Row, by_age, check_like, reference
-from tintype_kernels.torch_op import TorchOp, describe, empty, public, wide
+from tintype_kernels.torch_op import TorchOp, describe, empty, public, wide, wide_type
 from tintype_kernels.triton_support import ceil_div, jit, tl, widen
 
 SCALARS = 7  # coefficients before those of b
@@ -214,7 +214,7 @@ def scheduler_step(
         noise = noise if keys is None else _normals_of(keys, x)
         return reference(x, m, m_uncond, history, row, noise)
     if isinstance(row, Row):
-        row = torch.tensor(row.coefficients(), dtype=wide(x).dtype).to(x.device)
+        row = torch.tensor(row.coefficients(), dtype=wide_type(x)).to(x.device)
     _check_coefficients(row, history, x)
     new, h = FORWARD(x, m, m_uncond, list(history), row, noise, keys)
     return new, h
@@ -240,10 +240,10 @@ def _check_coefficients(row: Tensor, history: Sequence[Tensor], x: Tensor) -> No
     if (
         row.shape[:-1] not in ((), x.shape[:1])
         or not 1 <= orders <= len(history) + 1
-        or row.dtype != wide(x).dtype
+        or row.dtype != wide_type(x)
     ):
         raise ValueError(
-            f"row is {describe(row)}, expected {wide(x).dtype} [{SCALARS} + 1 .. {len(history) + 1}], "
+            f"row is {describe(row)}, expected {wide_type(x)} [{SCALARS} + 1 .. {len(history) + 1}], "
             f"alone or for each of {len(x)} samples"
         )
     if row.requires_grad:

@@ -66,45 +66,36 @@ class Stepper:
         Where only a larger batch was built, the last picture fills it up. No step waits for the one before to look at
         it: latents that are not finite at the end are walked again, watched, by a backend that can then do better.
         """
-        again = replace(noise)
-        result = self._walked(request, table, x, noise, texts, guidance, on_step)
-        if not np.isfinite(result).all():
-            helps = [self.backend.watch(stage) for stage in stages(guidance)]
-            if any(helps):
-                result = self._walked(request, table, x, again, texts, guidance, on_step)
-        require_finite("denoise", result, f" within {len(table)} steps")
-        return result
-
-    def _walked(
-        self,
-        request: ImageRequest,
-        table: Table,
-        x: Floats,
-        noise: StepNoise,
-        texts: Sequence[Texts],
-        guidance: Guidance,
-        on_step: OnStep,
-    ) -> Floats:
         profile = self.profile(request, table, guidance, len(x))
         assert profile is not None
         which = np.minimum(np.arange(profile.batch), len(x) - 1)
         texts = [texts[i] for i in which]
         told = {name: self._told(name, request, texts) for name in stages(guidance)}
-        place, count, x = self.backend.place, len(x), x[which]
-        latents, silence = place(x), place(np.zeros_like(x))
-        history = place(np.zeros((len(x), HISTORY, *x.shape[1:]), np.float32))
-        for step, numbers in enumerate(_rows(table, guidance)):
-            inputs = {
-                "sample": latents,
-                "history": history,
-                "row": place(np.tile(numbers, (len(x), 1))),
-                "noise": place(noise(step)[which]) if table.rows[step].s else silence,
-            }
-            stage = _stage(guidance.scales[step])
-            outputs = self.backend.run_placed(stage, profile.name, inputs | told[stage])
-            latents, history = outputs["next_sample"], outputs["next_history"]
-            on_step(partial(self._fetch, latents, count))
-        return self._fetch(latents, count)
+        place, count, begun = self.backend.place, len(x), x[which]
+
+        def walked(noise: StepNoise) -> Floats:
+            latents, silence = place(begun), place(np.zeros_like(begun))
+            history = place(np.zeros((len(begun), HISTORY, *begun.shape[1:]), np.float32))
+            for step, numbers in enumerate(_rows(table, guidance)):
+                inputs = {
+                    "sample": latents,
+                    "history": history,
+                    "row": place(np.tile(numbers, (len(begun), 1))),
+                    "noise": place(noise(step)[which]) if table.rows[step].s else silence,
+                }
+                stage = _stage(guidance.scales[step])
+                outputs = self.backend.run_placed(stage, profile.name, inputs | told[stage])
+                latents, history = outputs["next_sample"], outputs["next_history"]
+                on_step(partial(self._fetch, latents, count))
+            return self._fetch(latents, count)
+
+        result = walked(replace(noise))
+        if not np.isfinite(result).all():
+            helps = [self.backend.watch(stage) for stage in stages(guidance)]
+            if any(helps):
+                result = walked(noise)
+        require_finite("denoise", result, f" within {len(table)} steps")
+        return result
 
     def _serves(self, request: ImageRequest, table: Table, guidance: Guidance) -> bool:
         """Whether these stages are there, and can do what is asked."""

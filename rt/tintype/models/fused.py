@@ -57,7 +57,7 @@ def convolved_apart(conv: nn.Module, x: Tensor | QuantizedPictures) -> tuple[Ten
 
     On GPUs the library convolves without a bias, which PyTorch then adds in a pass of its own.
     """
-    if _is_plain(conv, nn.Conv2d, x) and conv.bias is not None:
+    if _is_plain(conv, nn.Conv2d, x):
         how = (conv.stride, conv.padding, conv.dilation, conv.groups)
         return F.conv2d(x, conv.weight, None, *how), conv.bias
     return conv(x), None
@@ -68,7 +68,7 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On GPUs, where x lies channels-last, it is the product of tokens that it is, whose library adds a bias on the way.
     """
-    if not _is_plain(conv, nn.Conv2d, x) or conv.bias is None:
+    if not _is_plain(conv, nn.Conv2d, x):
         out = conv(x)
         return out if bias is None else out + bias[:, None, None]
     added = conv.bias if bias is None else conv.bias + bias
@@ -123,7 +123,7 @@ def linear_gelu_tanh(
     layer: nn.Module, x: Tensor | QuantizedRows, readers: Readers = ()
 ) -> Tensor | QuantizedRows:
     """The tanh-approximated GELU of what the layer makes of x [n, t, c]."""
-    if _is_plain(layer, nn.Linear, x) and layer.bias is not None and not _codes_for(x, readers):
+    if _is_plain(layer, nn.Linear, x) and not _codes_for(x, readers):
         # On GPUs, where the library knows this GELU, it is part of the product.
         flat = torch._addmm_activation(layer.bias, x.flatten(0, 1), layer.weight.t(), use_gelu=True)
         return flat.unflatten(0, x.shape[:2])
@@ -241,8 +241,9 @@ def _serves(x: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module], x: Any) -> bool:
-    """Whether a GPU's library may do to x what the layer does: nobody watches, and no gradient is asked for."""
-    known = type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether a GPU's library may do what the layer, with its bias, does: nobody watches or asks for a gradient."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks
+    known = type(layer) is kind and layer.bias is not None and not watched
     inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return known and inference and isinstance(x, Tensor) and x.element_size() == 2 and _serves(x)
 
