@@ -58,10 +58,15 @@ class MappedWeights:
 
     def place(self, location: str, offset: int, length: int | None) -> tuple[int, int]:
         """The address of `length` bytes (None: the rest) of a file from `offset`, and how many they are."""
+        data = self.find(location, offset, length)
+        return int(data.ctypes.data), len(data)
+
+    def find(self, location: str, offset: int, length: int | None) -> NDArray[np.uint8]:
+        """`length` bytes (None: the rest) of a file from `offset`."""
         if self._updated is not None:
             new = self._updated.find(location, offset, length)
             if new is not None:
-                return int(new.ctypes.data), len(new)
+                return new
         data = self._map(location)
         size = len(data) - offset if length is None else length
         if min(offset, size) < 0 or offset + size > len(data):
@@ -69,7 +74,7 @@ class MappedWeights:
                 f"{self._bundle.folder}: a graph reads bytes {offset} to {offset + size} of {location}, "
                 f"which has {len(data)}"
             )
-        return int(data.ctypes.data) + offset, size
+        return data[offset:][:size]
 
     def _map(self, location: str) -> NDArray[np.uint8]:
         with self._lock:

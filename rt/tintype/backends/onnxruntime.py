@@ -115,6 +115,8 @@ class OnnxRuntimeBackend(OneType):
         relative = graph_file(self.bundle.stages, *key)
         options = ort.SessionOptions()
         options.intra_op_num_threads = cores()
+        # From the second run on it would hold a plan's memory beside what the first run took, and be no faster.
+        options.enable_mem_pattern = False
         # Threads that spin on after a run take the cores from the other stages' sessions, and from other processes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # Graphs name their weights relative to the bundle's root. onnxruntime refuses paths that leave the

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from tintype.backends import Arrays, OnHost
 from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, one_line
-from tintype.backends.graphs import WHOLE_STEPS, MappedWeights, graph_file, read_graph
-from tintype.backends.onnx_weights import output_names, read_from_memory
+from tintype.backends.graphs import MappedWeights, graph_file, read_graph
+from tintype.backends.onnx_weights import output_names
+from tintype.backends.openvino_model import read_model
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype_kernels.cache import cache_folder
@@ -63,7 +64,7 @@ class _Graph:
 
 
 # What a bundle is computed in unless the caller says otherwise. Beside products of codes, bfloat16 loses little.
-_AUTO = {**DTYPES, "int8": "bfloat16", "int4": "bfloat16"}
+_AUTO = {**DTYPES, "int8": "bfloat16", "int4": "bfloat16", "fp8": "bfloat16"}
 
 
 class OpenVinoBackend(OnHost):
@@ -129,8 +130,7 @@ class OpenVinoBackend(OnHost):
         relative = graph_file(self.bundle.stages, key.stage, key.profile)
         graph = read_graph(self.bundle, relative)
         try:
-            model = self._core.read_model(read_from_memory(graph, self._weights.place))
-            _unround_convolutions(model)
+            model = read_model(self._core, graph, self._weights, floats=_HINTS[key.dtype])
             compiled = self._core.compile_model(model, self._device, self._options(key.dtype))
         except RuntimeError as error:
             raise BundleError(
@@ -173,21 +173,6 @@ class OpenVinoBackend(OnHost):
                 f"{', '.join(runs)}"
             )
         return name
-
-
-def _unround_convolutions(model: ov.Model) -> None:
-    """Leave what convolutions give unrounded: that serves runtimes that convolve codes to codes alone.
-
-    Here a convolution of codes gives floats as fast, and what follows it reads those.
-    """
-    for node in model.get_ops():
-        if not node.get_friendly_name().endswith(WHOLE_STEPS):
-            continue
-        rounding = node
-        while rounding.get_type_name() != "FakeQuantize":
-            rounding = rounding.input_value(0).get_node()
-        for reader in node.output(0).get_target_inputs():
-            reader.replace_source_output(rounding.input_value(0))
 
 
 @cache

@@ -173,8 +173,9 @@ def test_a_stage_that_overflows_in_16_bits_runs_again_in_float32(backend, monkey
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_bundle_in_bfloat16_is_computed_in_it_where_the_processor_can(tiny_copy):
-    save_again(tiny_copy, precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "fp8"])
+def test_what_holds_in_bfloat16_is_computed_in_it_where_the_processor_can(tiny_copy, precision):
+    save_again(tiny_copy, precision=precision)
     dtype = OpenVinoBackend(open_bundle(tiny_copy)).dtype
     assert dtype == ("bfloat16" if HAS_BF16 else "float32")
 

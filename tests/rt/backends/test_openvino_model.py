@@ -1,0 +1,124 @@
+"""What OpenVINO holds of a model: the files as they are mapped, and what it packs of them for its kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from safetensors.torch import save_file
+
+from tintype.backends.graphs import MappedWeights
+from tintype.backends.onnx_weights import external_tensors
+from tintype.bundle import open_bundle
+from tiny_bundle import F32, WEIGHTS, save, write_manifest
+from tolerances import TINY_GRAPH, relative_error
+
+ov = pytest.importorskip("openvino")
+from tintype.backends.openvino import OpenVinoBackend  # noqa: E402 - needs openvino
+from tintype.backends.openvino_model import read_model  # noqa: E402 - needs openvino
+
+WIDTH = 4096
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = {"fp32": F32, "bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
+BYTES = {"float32": 4, "bfloat16": 2}
+WIDENED = (("linear", "w"), ("convolution", "k"))
+
+
+def write_layers(folder: Path, precision: str) -> torch.Tensor:
+    """Write a bundle whose decoder is a linear layer and a convolution, as exports write them; what it shall give."""
+    torch.manual_seed(3)
+    weights = {
+        "linear": torch.randn(WIDTH, WIDTH) / WIDTH**0.5,
+        "convolution": torch.randn(WIDTH // 4, WIDTH, 3, 3) / WIDTH,
+    }
+    stored = {name: weight.to(TYPES[precision]) for name, weight in weights.items()}
+    (folder / "weights").mkdir(parents=True)
+    save_file(stored, folder / WEIGHTS)
+    computed = TensorProto.FLOAT16 if precision == "fp16" else F32
+    widened = precision == "bf16"  # there is no convolution in bfloat16
+    linear, convolution = ("w", "k") if widened else ("linear", "convolution")
+    nodes = [
+        *(helper.make_node("Cast", [name], [to], to=F32) for name, to in WIDENED if widened),
+        helper.make_node("Cast", ["latents"], ["x"], to=computed),
+        helper.make_node("MatMul", ["x", linear], ["mixed"]),
+        helper.make_node("Reshape", ["mixed", "square"], ["picture"]),
+        helper.make_node("Conv", ["picture", convolution], ["y"], pads=[1, 1, 1, 1]),
+        helper.make_node("Cast", ["y"], ["image"], to=F32),
+    ]
+    square = onnx.numpy_helper.from_array(np.array([1, WIDTH, 2, 2]), "square")
+    faces = ("latents", [4, WIDTH]), ("image", [1, WIDTH // 4, 2, 2])
+    inputs, outputs = ([helper.make_tensor_value_info(name, F32, shape)] for name, shape in faces)
+    external = pointed(folder / WEIGHTS, stored, KINDS[precision])
+    graph = save(folder, "decode/b1.onnx", (nodes, inputs, outputs, [square]), external)
+    write_manifest(
+        folder,
+        precision=precision,
+        name="layers",
+        family="latent_unet",
+        stages={"decode": {"b1": graph}},
+        scheduler={},
+        defaults={},
+    )
+    x = latents().double()
+    mixed = (x @ stored["linear"].double()).reshape(1, WIDTH, 2, 2)
+    return torch.nn.functional.conv2d(mixed, stored["convolution"].double(), padding=1)
+
+
+def pointed(path: Path, tensors: dict[str, torch.Tensor], kind: int) -> dict[str, TensorProto]:
+    """Initialisers that point into a file, which holds the tensors at its end, sorted by their names."""
+    found, end = {}, path.stat().st_size
+    for name in sorted(tensors, reverse=True):
+        tensor = TensorProto(name=name, data_type=kind, dims=tensors[name].shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        end -= tensors[name].nbytes
+        for key, value in (
+            ("location", WEIGHTS),
+            ("offset", end),
+            ("length", tensors[name].nbytes),
+        ):
+            tensor.external_data.add(key=key, value=str(value))
+        found[name] = tensor
+    return found
+
+
+def latents() -> torch.Tensor:
+    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds beside what it has mapped from files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.parametrize("precision", TYPES)
+def test_a_graph_is_computed_from_where_its_weights_are_mapped(tmp_path, precision):
+    write_layers(tmp_path / "layers", precision)
+    bundle = open_bundle(tmp_path / "layers")
+    graph = bundle.path("decode/b1.onnx").read_bytes()
+    weights = MappedWeights(bundle)
+    model = read_model(ov.Core(), graph, weights, floats="f32")
+    constants = {node.get_friendly_name(): node for node in model.get_ops()}
+    for tensor in external_tensors(graph):
+        address, _ = weights.place(tensor.location, tensor.offset, tensor.length)
+        assert constants[tensor.name].get_tensor_view().data.ctypes.data == address
+
+
+@pytest.mark.parametrize("precision", TYPES)
+def test_it_holds_weights_once_beside_the_mapped_files_and_computes_what_they_say(
+    tmp_path, precision
+):
+    expected = write_layers(tmp_path / "layers", precision)
+    bundle = open_bundle(tmp_path / "layers")
+    backend = OpenVinoBackend(bundle)
+    before = anonymous_memory()
+    actual = backend.run("decode", "b1", {"latents": latents().numpy()})["image"]
+    held = anonymous_memory() - before
+    stored = (WIDTH * WIDTH + WIDTH // 4 * WIDTH * 9) * BYTES[backend.dtype]
+    assert held < 1.3 * stored
+    allowed = TINY_GRAPH if backend.dtype == "float32" else 2**-7
+    assert relative_error(actual, expected.numpy()) < allowed
