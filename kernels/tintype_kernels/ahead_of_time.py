@@ -2,7 +2,9 @@
 
 Each op runs forward and backward over its `cases` on tensors without memory, under a driver that stands for the
 architecture; so what is compiled is what a GPU would be asked to launch. Registers, spills and stack are read from the
-assembler's own report, tensor-core instructions from its input.
+assembler's own report, tensor-core instructions and the widest access to memory from its input. Instructions an element
+are the length of the machine code times the threads launched over the elements of the largest tensor: code in a loop
+counts once, so for kernels that loop it is a lower bound.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -39,6 +43,16 @@ _INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "m
 
 
 @dataclass(frozen=True)
+class _Launch:
+    """What was asked of a GPU: threads, and the elements of the largest tensor that they were given."""
+
+    kernel: str
+    binary: Any
+    threads: int
+    elements: int
+
+
+@dataclass(frozen=True)
 class Compiled:
     """One kernel for one architecture, compiled for the first case that needs it."""
 
@@ -51,6 +65,8 @@ class Compiled:
     shared_bytes: int
     tensor_cores: str
     multiplies: bool
+    instructions: float
+    widest_bytes: int
 
     @property
     def fault(self) -> str:
@@ -106,10 +122,10 @@ def compile_op(module: ModuleType, arch: int, dtype: str = "float16") -> Iterato
     name = module.__name__.rpartition(".")[2]
     seen: set[str] = set()
     for case, arguments in cases(module, arch, dtype):
-        for kernel, binary in _launched(getattr(module, name), arguments, arch):
-            if binary.hash not in seen:
-                seen.add(binary.hash)
-                yield _report(name, case, kernel, arch, binary)
+        for launch in _launched(getattr(module, name), arguments, arch):
+            if launch.binary.hash not in seen:
+                seen.add(launch.binary.hash)
+                yield _report(name, case, arch, launch)
 
 
 def cases(
@@ -126,9 +142,7 @@ def cases(
             yield case, arguments
 
 
-def _launched(
-    function: Callable[..., Any], arguments: dict[str, Any], arch: int
-) -> list[tuple[str, Any]]:
+def _launched(function: Callable[..., Any], arguments: dict[str, Any], arch: int) -> list[_Launch]:
     calls: list[tuple[TorchOp, tuple[Any, ...], Any]] = []
 
     def call(op: TorchOp, *inputs: Any) -> Any:
@@ -151,15 +165,18 @@ def _launched(
 
 
 @contextmanager
-def _recorded(arch: int) -> Iterator[list[tuple[str, Any]]]:
+def _recorded(arch: int) -> Iterator[list[_Launch]]:
     """Have Triton compile each launch for `arch` and stop there."""
     runtime = importlib.import_module("triton.runtime")
     kind = importlib.import_module("triton.runtime.jit").JITFunction
-    run, launches = kind.run, []
+    run, launches = kind.run, list[_Launch]()
 
     def compile_only(kernel: Any, *arguments: Any, **options: Any) -> None:
-        compiled = run(kernel, *arguments, **{**options, "warmup": True})
-        launches.append((kernel.__name__, compiled))
+        binary = run(kernel, *arguments, **{**options, "warmup": True})
+        threads = 32 * binary.metadata.num_warps * math.prod(options["grid"])
+        given = (*arguments, *options.values())
+        elements = max(each.numel() for each in given if isinstance(each, torch.Tensor))
+        launches.append(_Launch(kernel.__name__, binary, threads, elements))
 
     # The driver stays: a process that compiles for other machines launches nothing on its own.
     runtime.driver.set_active(_Driver(arch))
@@ -167,20 +184,37 @@ def _recorded(arch: int) -> Iterator[list[tuple[str, Any]]]:
         yield launches
 
 
-def _report(op: str, case: str, kernel: str, arch: int, binary: Any) -> Compiled:
+def _report(op: str, case: str, arch: int, launch: _Launch) -> Compiled:
+    binary = launch.binary
     used = _resources(binary.asm["cubin"])
     found = (name for name, text in _INSTRUCTIONS.items() if text in binary.asm["ptx"])
     return Compiled(
         op=op,
         case=case,
-        kernel=kernel,
+        kernel=launch.kernel,
         arch=arch,
         registers=used["REG"],
         spilled_bytes=used["STACK"] + used["LOCAL"],
         shared_bytes=binary.metadata.shared,
         tensor_cores=next(found, ""),
         multiplies="tt.dot" in binary.asm["ttir"],
+        instructions=_instructions(binary.asm["cubin"]) * launch.threads / launch.elements,
+        widest_bytes=_widest_bytes(binary.asm["ptx"]),
     )
+
+
+def _instructions(cubin: bytes) -> int:
+    """The length of the machine code: of an ELF file's sections those that are executed, 16 bytes an instruction."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    sections = (struct.unpack_from("<8xQ16xQ", cubin, table + n * size) for n in range(count))
+    return sum(int(length) for flags, length in sections if flags & 4) // 16
+
+
+def _widest_bytes(ptx: str) -> int:
+    """Of what a thread moves between memory and registers in one instruction, the most; 0 where nothing is."""
+    found = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s", ptx)
+    return max((int(vector or 1) * int(bits) // 8 for vector, bits in found), default=0)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -214,7 +248,8 @@ def _compile_task(task: tuple[str, int, str]) -> list[Compiled]:
 def line(compiled: Compiled) -> str:
     """One row of the table."""
     c = compiled
-    numbers = f"sm_{c.arch:<4} {c.registers:4} {c.shared_bytes:7} {c.spilled_bytes:5}"
+    resources = f"sm_{c.arch:<4} {c.registers:4} {c.shared_bytes:7} {c.spilled_bytes:5}"
+    numbers = f"{resources} {c.instructions:7.1f} {c.widest_bytes:6}"
     return f"{c.op:30} {c.case:32} {c.kernel:26} {numbers} {c.tensor_cores:8} {c.fault}".rstrip()
 
 
@@ -227,7 +262,8 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set; a kernel that is interpreted cannot be compiled")
     print(
-        f"{'op':30} {'case':32} {'kernel':26} {'arch':7} {'regs':>4} {'shared':>7} {'spill':>5} tensor cores"
+        f"{'op':30} {'case':32} {'kernel':26} {'arch':7} {'regs':>4} {'shared':>7} {'spill':>5} {'instr':>7} "
+        f"{'widest':>6} tensor cores"
     )
     rows = []
     for compiled in compile_all(tuple(options.arch) or ARCHITECTURES, options.dtype):

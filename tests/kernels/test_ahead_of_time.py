@@ -40,3 +40,8 @@ def test_nothing_spills_or_multiplies_without_tensor_cores(report):
 def test_registers_are_what_the_assembler_reports(report):
     assert all(0 < row["registers"] <= 255 for row in report)
     assert all(row["shared_bytes"] <= 227 * 1024 for row in report)
+
+
+def test_what_moves_whole_rows_moves_sixteen_bytes_at_a_time(report):
+    rows = [row for row in report if row["kernel"] == "_forward_kernel" and not row["multiplies"]]
+    assert {row["widest_bytes"] for row in rows} == {16}

@@ -35,12 +35,18 @@ def _modulated(b, t, c):
     return normal(b, t, c, mean=0.4), normal(b, c), normal(b, 1, c)
 
 
-def _activated_beside(before, x, scheme="int8"):
-    return activate_quantized(x, scheme, "gelu_tanh", before)
+def _beside(activation, before, x):
+    return torch.cat([before, ACTIVATIONS[activation](x)], -1)
 
 
-def _beside(before, x):
-    return torch.cat([before, ACTIVATIONS["gelu_tanh"](x)], -1)
+def _activated_beside(activation, before, x, scheme="int8"):
+    return activate_quantized(x, scheme, activation, before)
+
+
+def beside(activation):
+    """The fused op, what it fuses, and arguments."""
+    arguments = normal(2, 7, 48), normal(2, 7, 300, spread=2)
+    return partial(_activated_beside, activation), partial(_beside, activation), arguments
 
 
 # by name: the fused op, the op that it fuses, arguments; rows that fill no block, one of them wider than a tile
@@ -49,12 +55,12 @@ FUSED = {
     "layer_norm_modulate, wide": (layer_norm_modulate_quantized, layer_norm_modulate, _modulated(2, 3, 4100)),
     "geglu": (geglu_quantized, geglu, (normal(2, 3, 2 * 1030, spread=2),)),
     "none": (activate_quantized, ACTIVATIONS["none"], (normal(2, 7, 300),)),
-    "beside": (_activated_beside, _beside, (normal(2, 7, 48), normal(2, 7, 300, spread=2))),
+    "beside": beside("none"),
 }  # fmt: skip
 ACTIVATED = {
     name: (partial(activate_quantized, activation=name), function, (normal(2, 5, 70, spread=2),))
     for name, function in ACTIVATIONS.items()
-}
+} | {"beside, gelu_tanh": beside("gelu_tanh")}
 
 
 def each(fused):

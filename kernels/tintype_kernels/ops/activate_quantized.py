@@ -18,8 +18,9 @@ from tintype_kernels.ops.quantised_rows import (
     plain_rows,
     store_quantized,
 )
+from tintype_kernels.ops.row_parts import columns, inside, row_parts
 from tintype_kernels.torch_op import check, describe, public, unit_stride
-from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl, widen
+from tintype_kernels.triton_support import ceil_div, jit, tl, widen
 
 
 def reference(
@@ -39,18 +40,23 @@ def _reference_forward(
 
 @jit
 def _kernel(
-    x, before, codes, scales, M, N, B, x_row, before_row,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, LIMIT: tl.constexpr, ACTIVATION: tl.constexpr, BEFORE: tl.constexpr,
+    x, before, codes, scales, M, N: tl.constexpr, B: tl.constexpr, x_row, before_row,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of B + N elements: grid (rows,)."""
-    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    row, column = rows[:, None].to(tl.int64), columns[None, :]
-    inside = (rows[:, None] < M) & (column >= B) & (column < B + N)
-    values = activate(widen(tl.load(x + row * x_row + (column - B), inside, 0.0)), ACTIVATION)
-    if BEFORE:  # every activation has 0 at 0
-        own = (rows[:, None] < M) & (column < B)
-        values += widen(tl.load(before + row * before_row + column, own, 0.0))
-    store_quantized(values, codes, scales, rows, columns, M, B + N, x.dtype.element_ty, LIMIT)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x += rows[:, None].to(tl.int64) * x_row - B
+    before += rows[:, None].to(tl.int64) * before_row
+    parts = ()
+    for part in tl.static_range((B + N + WIDTH - 1) // WIDTH):
+        c, mask = columns(part, WIDTH), inside(rows, M, part, B + N, WIDTH)
+        values = tl.zeros((ROWS, WIDTH), tl.float32)  # every activation has 0 at 0
+        if (part + 1) * WIDTH > B:
+            values += activate(widen(tl.load(x + c, mask & (c >= B), 0.0)), ACTIVATION)
+        if part * WIDTH < B:
+            values += widen(tl.load(before + c, mask & (c < B), 0.0))
+        parts += (values,)
+    store_quantized(parts, codes, scales, rows, M, B + N, x.dtype.element_ty, LIMIT, WIDTH)
 
 
 def write_quantized(
@@ -60,10 +66,10 @@ def write_quantized(
     rows = unit_stride(x.reshape(-1, x.shape[-1]))
     others = rows if before is None else unit_stride(before.reshape(-1, before.shape[-1]))
     first = 0 if before is None else others.shape[1]
-    tile = row_tile(first + x.shape[-1])
+    tile = row_parts(first + x.shape[-1])
     _kernel[(ceil_div(len(rows), tile["ROWS"]),)](
         rows, others, codes, scales, *rows.shape, first, rows.stride(0), others.stride(0),
-        LIMIT=LARGEST[codes.dtype], ACTIVATION=activation, BEFORE=before is not None, **tile,
+        LIMIT=LARGEST[codes.dtype], ACTIVATION=activation, **tile,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tintype_kernels.torch_op import TorchOp, describe, empty, public, unit_stride, wide
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
+from tintype_kernels.triton_support import ceil_div, jit, normal_below, power_of_two, tl, widen
 
 
 def reference(x: Tensor) -> Tensor:
@@ -36,25 +36,24 @@ def _reference_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 @jit
 def load(at, C, inside):
-    """Both halves at pointers to the first, and the normal distribution's weight below the gate."""
-    value = widen(tl.load(at, inside, 0.0))
-    gate = widen(tl.load(at + C, inside, 0.0))
-    return value, gate, 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    """Both halves at pointers to the first."""
+    return widen(tl.load(at, inside, 0.0)), widen(tl.load(at + C, inside, 0.0))
 
 
 @jit
 def _forward_kernel(x, out, C, x_row, BLOCK: tl.constexpr):
     """BLOCK channels of a row: grid (rows, channels)."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value, gate, below = load(x + row * x_row + c, C, c < C)
-    tl.store(out + row * C + c, value * gate * below, c < C)
+    value, gate = load(x + row * x_row + c, C, c < C)
+    tl.store(out + row * C + c, value * gate * normal_below(gate), c < C)
 
 
 @jit
 def _backward_kernel(grad, x, dx, C, x_row, BLOCK: tl.constexpr):
     """BLOCK channels of both halves of a row: grid (rows, channels)."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value, gate, below = load(x + row * x_row + c, C, c < C)
+    value, gate = load(x + row * x_row + c, C, c < C)
+    below = normal_below(gate)
     g = widen(tl.load(grad + row * C + c, c < C, 0.0))
     slope = below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
     tl.store(dx + row * 2 * C + c, g * gate * below, c < C)
@@ -66,18 +65,25 @@ def as_rows(x: Tensor) -> Tensor:
     return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
+def _tile(c: int) -> dict[str, int]:
+    """How a block is launched that holds a fifth of c channels at least, as widths are three or five times 2**n."""
+    block = min(1024, power_of_two(ceil_div(c, 5)))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
 def _triton_forward(x: Tensor) -> Tensor:
-    out, rows, block = _fake_forward(x), as_rows(x), min(1024, power_of_two(x.shape[-1] // 2))
+    out, rows = _fake_forward(x), as_rows(x)
     c = out.shape[-1]
-    _forward_kernel[rows.shape[0], ceil_div(c, block)](rows, out, c, rows.stride(0), BLOCK=block)
+    tile = _tile(c)
+    _forward_kernel[rows.shape[0], ceil_div(c, tile["BLOCK"])](rows, out, c, rows.stride(0), **tile)
     return out
 
 
 def _triton_backward(grad: Tensor, x: Tensor) -> Tensor:
-    dx, rows, block = empty(x), as_rows(x), min(1024, power_of_two(x.shape[-1] // 2))
-    c = grad.shape[-1]
-    _backward_kernel[rows.shape[0], ceil_div(c, block)](
-        grad.contiguous(), rows, dx, c, rows.stride(0), BLOCK=block
+    dx, rows, c = empty(x), as_rows(x), grad.shape[-1]
+    tile = _tile(c)
+    _backward_kernel[rows.shape[0], ceil_div(c, tile["BLOCK"])](
+        grad.contiguous(), rows, dx, c, rows.stride(0), **tile
     )
     return dx
 

@@ -17,8 +17,9 @@ from tintype_kernels.ops.quantised_rows import (
     plain_rows,
     store_quantized,
 )
+from tintype_kernels.ops.row_parts import columns, inside, row_parts
 from tintype_kernels.torch_op import public
-from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl
+from tintype_kernels.triton_support import ceil_div, jit, normal_below, tl
 
 
 def reference(x: Tensor, scheme: str = "int8") -> QuantizedRows:
@@ -33,21 +34,23 @@ def _reference_forward(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
 
 @jit
 def _kernel(
-    x, codes, scales, M, C, x_row,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, LIMIT: tl.constexpr,
+    x, codes, scales, M, C: tl.constexpr, x_row,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows: grid (rows,)."""
-    rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    inside = (rows[:, None] < M) & (c[None, :] < C)
-    at = x + rows[:, None].to(tl.int64) * x_row + c[None, :]
-    value, gate, below = plain.load(at, C, inside)
-    values = value * gate * below
-    store_quantized(values, codes, scales, rows, c, M, C, x.dtype.element_ty, LIMIT)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = x + rows[:, None].to(tl.int64) * x_row
+    parts = ()
+    for part in tl.static_range((C + WIDTH - 1) // WIDTH):
+        mask = inside(rows, M, part, C, WIDTH)
+        value, gate = plain.load(at + columns(part, WIDTH), C, mask)
+        parts += (value * gate * normal_below(gate),)
+    store_quantized(parts, codes, scales, rows, M, C, x.dtype.element_ty, LIMIT, WIDTH)
 
 
 def _triton(codes: Tensor, scales: Tensor, x: Tensor) -> None:
     rows, c = plain.as_rows(x), codes.shape[-1]
-    tile = row_tile(c)
+    tile = row_parts(c)
     _kernel[(ceil_div(len(rows), tile["ROWS"]),)](
         rows, codes, scales, len(rows), c, rows.stride(0), LIMIT=LARGEST[codes.dtype], **tile
     )

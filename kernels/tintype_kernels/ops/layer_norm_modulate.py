@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tintype_kernels.ops.row_parts import columns, inside, row_parts, row_sums
 from tintype_kernels.torch_op import (
     TorchOp,
     check_floating,
@@ -23,7 +24,7 @@ from tintype_kernels.torch_op import (
     wide,
     wide_type,
 )  # fmt: skip
-from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl, too_wide, widen
+from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, too_wide, widen
 
 
 def reference(
@@ -52,46 +53,64 @@ def _reference_backward(
 
 
 @jit
-def _normed(x, mask, C):
-    """Rows of x [rows, channels] in the wide type, centred, and their variances [rows, 1]."""
-    h = widen(x)
-    h = tl.where(mask, h - tl.sum(h, 1)[:, None] / C, 0.0)
-    # What rounding left of the mean: it matters where the mean is thousands of times the spread.
-    h = tl.where(mask, h - tl.sum(h, 1)[:, None] / C, 0.0)
-    return h, tl.sum(h * h, 1)[:, None] / C
+def _centred(parts, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows in parts less their means; zero from channel C on."""
+    mean, centred = row_sums(parts) / C, ()
+    for part in tl.static_range(len(parts)):
+        h = parts[part] - mean
+        centred += (tl.where(columns(part, WIDTH) < C, h, 0.0) if (part + 1) * WIDTH > C else h,)
+    return centred
+
+
+@jit
+def _normed(parts, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows in parts, centred, and their variances [rows, 1]."""
+    # Twice: what rounding left of the mean matters where the mean is thousands of times the spread.
+    parts, squares = _centred(_centred(parts, C, WIDTH), C, WIDTH), ()
+    for part in tl.static_range(len(parts)):
+        squares += (parts[part] * parts[part],)
+    return parts, row_sums(squares) / C
 
 
 @jit
 def modulated(
-    x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, CHANNELS: tl.constexpr
+    x, shift, scale, rows, T, C: tl.constexpr, x_batch, x_row, shift_batch, scale_batch, eps, unit, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """`layer_norm(x) * (unit + scale) + shift` of tokens `rows` of sample program_id(1); zero from channel C on."""
-    b, c = tl.program_id(1).to(tl.int64), tl.arange(0, CHANNELS)
-    mask = (rows[:, None] < T) & (c[None, :] < C)
-    at = rows[:, None] * x_row + c[None, :]
-    h, variance = _normed(tl.load(x + b * x_batch + at, mask, 0.0), mask, C)
-    gain = unit + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))[None, :]
-    offset = widen(tl.load(shift + b * shift_batch + c, c < C, 0.0))[None, :]
-    return h * tl.rsqrt(variance + eps) * gain + offset
+    """`layer_norm(x) * (unit + scale) + shift` of tokens `rows` of sample program_id(1), in parts."""
+    b, parts, modulated = tl.program_id(1).to(tl.int64), (), ()
+    at = x + b * x_batch + rows[:, None] * x_row
+    for part in tl.static_range((C + WIDTH - 1) // WIDTH):
+        loaded = tl.load(at + columns(part, WIDTH), inside(rows, T, part, C, WIDTH), 0.0)
+        parts += (widen(loaded),)
+    parts, variance = _normed(parts, C, WIDTH)
+    rstd = tl.rsqrt(variance + eps)
+    for part in tl.static_range(len(parts)):
+        # Each row reads its own: from the cache, where one for all would go through shared memory.
+        c = tl.broadcast_to(columns(part, WIDTH), parts[part].shape)
+        gain = unit + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))
+        offset = widen(tl.load(shift + b * shift_batch + c, c < C, 0.0))
+        modulated += (parts[part] * rstd * gain + offset,)
+    return modulated
 
 
 @jit
 def _forward_kernel(
-    x, shift, scale, out, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, shift, scale, out, T, C: tl.constexpr, x_batch, x_row, shift_batch, scale_batch, eps, unit,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
-    rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    values = modulated(
-        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, CHANNELS
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    parts = modulated(
+        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, WIDTH
     )
-    at = tl.program_id(1).to(tl.int64) * T * C + rows[:, None] * C + c[None, :]
-    tl.store(out + at, values, (rows[:, None] < T) & (c[None, :] < C))
+    at = out + tl.program_id(1).to(tl.int64) * T * C + rows[:, None] * C
+    for part in tl.static_range(len(parts)):
+        tl.store(at + columns(part, WIDTH), parts[part], inside(rows, T, part, C, WIDTH))
 
 
 @jit
 def _backward_kernel(
-    grad, x, scale, dx, sums, T, C, SPAN, x_batch, x_row, scale_batch, eps, unit,
+    grad, x, scale, dx, sums, T, C: tl.constexpr, SPAN, x_batch, x_row, scale_batch, eps, unit,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx of SPAN tokens of a sample, and their sums of grad and grad*normed: grid (spans, samples)."""
@@ -105,9 +124,10 @@ def _backward_kernel(
         rows = start + tl.arange(0, ROWS)
         mask = (rows[:, None] < last) & (c[None, :] < C)
         at = rows[:, None] * x_row + c[None, :]
-        h, variance = _normed(tl.load(x + b * x_batch + at, mask, 0.0), mask, C)
+        h = widen(tl.load(x + b * x_batch + at, mask, 0.0))
+        parts, variance = _normed((h,), C, CHANNELS)
         rstd = tl.rsqrt(variance + eps)
-        normed = h * rstd
+        normed = parts[0] * rstd
         to = rows[:, None] * C + c[None, :]
         g = widen(tl.load(grad + b * T * C + to, mask, 0.0))
         plain += tl.sum(g, 0)
@@ -121,7 +141,7 @@ def _backward_kernel(
 
 
 def _triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float, unit: float) -> Tensor:
-    out, (b, t, c), tile = empty(x), x.shape, row_tile(x.shape[-1])
+    out, (b, t, c), tile = empty(x), x.shape, row_parts(x.shape[-1])
     x, shift, scale = unit_stride(x), unit_stride(shift), unit_stride(scale)
     strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
     _forward_kernel[ceil_div(t, tile["ROWS"]), b](
@@ -133,13 +153,16 @@ def _triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float, unit: f
 def _triton_backward(
     grad: Tensor, x: Tensor, scale: Tensor, eps: float, unit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, (b, t, c), tile = empty(x), x.shape, row_tile(x.shape[-1])
+    dx, (b, t, c) = empty(x), x.shape
+    channels = power_of_two(c)
+    rows = max(1, 4096 // channels)
     # Sums over 128 spans at most; how a sample is cut never depends on the batch.
-    span = tile["ROWS"] * ceil_div(t, 128 * tile["ROWS"])
+    span = rows * ceil_div(t, 128 * rows)
     sums = x.new_empty(b, ceil_div(t, span), 2, c, dtype=wide_type(scale))
     x, scale = unit_stride(x), unit_stride(scale)
     _backward_kernel[sums.shape[1], b](
-        grad.contiguous(), x, scale, dx, sums, t, c, span, *x.stride()[:2], scale.stride(0), eps, unit, **tile
+        grad.contiguous(), x, scale, dx, sums, t, c, span, *x.stride()[:2], scale.stride(0), eps, unit,
+        ROWS=rows, CHANNELS=channels, num_warps=8,
     )  # fmt: skip
     totals = sums.sum(1).to(x.dtype)
     return dx, totals[:, 0].clone(), totals[:, 1].clone()

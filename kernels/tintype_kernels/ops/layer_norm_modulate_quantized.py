@@ -20,8 +20,9 @@ from tintype_kernels.ops.quantised_rows import (
     plain_rows,
     store_quantized,
 )
+from tintype_kernels.ops.row_parts import row_parts
 from tintype_kernels.torch_op import check_floating, per_sample, public, unit_stride
-from tintype_kernels.triton_support import ceil_div, jit, row_tile, tl
+from tintype_kernels.triton_support import ceil_div, jit, tl
 
 
 def reference(
@@ -40,24 +41,23 @@ def _reference_forward(
 
 @jit
 def _kernel(
-    x, shift, scale, codes, scales, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, LIMIT: tl.constexpr,
+    x, shift, scale, codes, scales, T, C: tl.constexpr, x_batch, x_row, shift_batch, scale_batch, eps, unit,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
     rows, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
-    values = plain.modulated(
-        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, CHANNELS
+    parts = plain.modulated(
+        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, WIDTH
     )
-    c = tl.arange(0, CHANNELS)
     codes, scales = codes + b * T * C, scales + b * T
-    store_quantized(values, codes, scales, rows, c, T, C, x.dtype.element_ty, LIMIT)
+    store_quantized(parts, codes, scales, rows, T, C, x.dtype.element_ty, LIMIT, WIDTH)
 
 
 def _triton(
     codes: Tensor, scales: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float, unit: float
 ) -> None:
     b, t, c = x.shape
-    tile = row_tile(c)
+    tile = row_parts(c)
     x, shift, scale = unit_stride(x), unit_stride(shift), unit_stride(scale)
     strides = (*x.stride()[:2], shift.stride(0), scale.stride(0))
     _kernel[ceil_div(t, tile["ROWS"]), b](

@@ -14,7 +14,7 @@ from torch import Tensor
 from tintype_kernels.ops.quantise import dequantize
 from tintype_kernels.ops.quantised_rows import QuantizedRows
 from tintype_kernels.torch_op import check, describe
-from tintype_kernels.triton_support import jit, tl, widen
+from tintype_kernels.triton_support import jit, normal_below, sigmoid, tl, widen
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -37,18 +37,13 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 @jit
-def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@jit
 def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        z = z / (1.0 + tl.exp(-z))
+        z = z * sigmoid(z)
     if ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
-        z = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+        z = z * normal_below(z)
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        z = z * sigmoid(z * (1.5957691216057308 + 0.0713548162726009 * z * z))
     return z
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tintype_kernels.ops.quantise import quantize_rows
+from tintype_kernels.ops.row_parts import columns, inside
 from tintype_kernels.torch_op import TorchOp
-from tintype_kernels.triton_support import jit, magnitude_bits, tl, too_wide
+from tintype_kernels.triton_support import jit, magnitude_bits, nearest_int8, tl, too_wide
 
 SCHEMES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # The first architecture whose instructions know a scheme's codes.
@@ -38,19 +39,22 @@ class QuantizedRows(NamedTuple):
 
 @jit
 def store_quantized(
-    values, codes, scales, rows, columns, M, N, INPUT: tl.constexpr, LIMIT: tl.constexpr
-):
-    """Write a tile that holds whole rows, zero beside them, as codes [M, N] and scales [M]."""
-    values = values.to(INPUT).to(tl.float32)
-    peak = tl.max(magnitude_bits(values), 1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(peak, LIMIT)
-    inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
-    values = tl.minimum(tl.maximum(values * inverse[:, None], -LIMIT), LIMIT)
-    if LIMIT == 127.0:
-        values = (values + 12582912.0) - 12582912.0  # the nearest integer, halves to even
-    inside = (rows[:, None] < M) & (columns[None, :] < N)
-    at = rows[:, None].to(tl.int64) * N + columns[None, :]
-    tl.store(codes + at, values.to(codes.dtype.element_ty), inside)
+    parts, codes, scales, rows, M, N: tl.constexpr, INPUT: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Write rows in parts, zero beside them, as codes [M, N] and scales [M]."""
+    rounded, peaks = (), tl.zeros(parts[0].shape, tl.int32)
+    for part in tl.static_range(len(parts)):
+        values = parts[part].to(INPUT).to(tl.float32)
+        peaks = tl.maximum(peaks, magnitude_bits(values))
+        rounded += (values,)
+    scale = tl.div_rn(tl.max(peaks, 1).to(tl.float32, bitcast=True), LIMIT)
+    # What is so small that its inverse is infinite becomes zeros.
+    inverse = tl.where(scale >= 1.1754943508222875e-38, tl.div_rn(1.0, scale), 0.0)
+    codes += rows[:, None].to(tl.int64) * N
+    for part in tl.static_range(len(parts)):
+        values = rounded[part] * inverse[:, None]
+        values = nearest_int8(values) if LIMIT == 127.0 else values.to(codes.dtype.element_ty)
+        tl.store(codes + columns(part, WIDTH), values, inside(rows, M, part, N, WIDTH))
     tl.store(scales + rows, scale, rows < M)
 
 

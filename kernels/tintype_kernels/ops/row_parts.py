@@ -1,0 +1,42 @@
+"""Whole rows in a block, held in parts that lie side by side.
+
+Triton's tiles are powers of two long, and rows are three or five times one: in a tile of their own they would leave
+up to two fifths of a block idle.
+"""
+
+from __future__ import annotations
+
+from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl
+
+_MOST = 5  # parts of a row
+
+
+def row_parts(n: int) -> dict[str, int]:
+    """How a block that holds whole rows of n elements is launched: a thread holds eight or more of each part."""
+    width = power_of_two(ceil_div(n, _MOST))
+    warps = min(max(4, width // 256), 16)
+    return {"ROWS": max(1, 1024 // width), "WIDTH": width, "num_warps": warps}
+
+
+@jit
+def columns(part, WIDTH: tl.constexpr):
+    """The columns of a part [1, WIDTH]."""
+    return (part * WIDTH + tl.arange(0, WIDTH))[None, :]
+
+
+@jit
+def inside(rows, M, part: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether elements of a part lie in an array [M, N]."""
+    mask = rows[:, None] < M
+    if (part + 1) * WIDTH > N:
+        mask = mask & (columns(part, WIDTH) < N)
+    return mask
+
+
+@jit
+def row_sums(parts):
+    """The sums of rows [rows, 1]."""
+    total = parts[0]
+    for part in tl.static_range(1, len(parts)):
+        total += parts[part]
+    return tl.sum(total, 1)[:, None]
