@@ -44,4 +44,4 @@ def test_registers_are_what_the_assembler_reports(report):
 
 def test_what_moves_whole_rows_moves_sixteen_bytes_at_a_time(report):
     rows = [row for row in report if row["kernel"] == "_forward_kernel" and not row["multiplies"]]
-    assert {row["widest_bytes"] for row in rows} == {16}
+    assert min(row["widest_bytes"] for row in rows) >= 16

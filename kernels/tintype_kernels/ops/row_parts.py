@@ -15,7 +15,13 @@ def row_parts(n: int) -> dict[str, int]:
     """How a block that holds whole rows of n elements is launched: a thread holds eight or more of each part."""
     width = power_of_two(ceil_div(n, _MOST))
     warps = min(max(4, width // 256), 16)
-    return {"ROWS": max(1, 1024 // width), "WIDTH": width, "num_warps": warps}
+    # Left to itself the assembler holds fewer registers on some chips, for more blocks at a time, and spills.
+    return {
+        "ROWS": max(1, 1024 // width),
+        "WIDTH": width,
+        "num_warps": warps,
+        "maxnreg": 128,
+    }
 
 
 @jit
