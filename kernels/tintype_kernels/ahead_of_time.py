@@ -32,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from tintype_kernels import ops
 from tintype_kernels.ops.quantised_rows import OLDEST_ARCH
@@ -174,7 +175,7 @@ def _recorded(arch: int) -> Iterator[list[_Launch]]:
     def compile_only(kernel: Any, *arguments: Any, **options: Any) -> None:
         binary = run(kernel, *arguments, **{**options, "warmup": True})
         threads = 32 * binary.metadata.num_warps * math.prod(options["grid"])
-        given = (*arguments, *options.values())
+        given = tree_leaves((arguments, options))
         elements = max(each.numel() for each in given if isinstance(each, torch.Tensor))
         launches.append(_Launch(kernel.__name__, binary, threads, elements))
 

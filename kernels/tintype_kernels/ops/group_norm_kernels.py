@@ -9,7 +9,7 @@ times the spread.
 
 from __future__ import annotations
 
-from tintype_kernels.triton_support import jit, tl, widen
+from tintype_kernels.triton_support import jit, sigmoid, tl, widen
 
 
 @jit
@@ -21,32 +21,35 @@ def offsets(pixels, c, C, P, CHANNELS_LAST: tl.constexpr):
 
 @jit
 def _load(
-    x, residual, n, c, pixels, last, C, P, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    x, residual, n, c, pixels, last, end, C, P, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """Give x + residual [pixels, channels], offsets in the sample and mask. A batch, not a sample, may pass 2**31."""
+    """Give x + residual [pixels, channels] before pixel `last` and channel `end`, offsets in the sample and mask.
+
+    A batch, not a sample, may pass 2**31.
+    """
     at = offsets(pixels, c, C, P, CHANNELS_LAST)
-    mask = (pixels[:, None] < last) & (c[None, :] < C)
+    mask = (pixels[:, None] < last) & (c[None, :] < end)
     h = widen(tl.load(x + n * C * P + at, mask, 0.0))
     if RESIDUAL == "full":
         h += widen(tl.load(residual + n * C * P + at, mask, 0.0))
     if RESIDUAL == "channel":
-        h += widen(tl.load(residual + n * C + c, c < C, 0.0))[None, :]
+        h += widen(tl.load(residual + n * C + c, c < end, 0.0))[None, :]
     return h, at, mask
 
 
 @jit
-def _affine(normed, weight, bias, c, C, SILU: tl.constexpr):
+def _affine(normed, weight, bias, c, end, SILU: tl.constexpr):
     """Give the weight, the norm's output z and, where SiLU follows, its gate."""
-    scale = widen(tl.load(weight + c, c < C, 0.0))[None, :]
-    z = normed * scale + widen(tl.load(bias + c, c < C, 0.0))[None, :]
-    gate = 1.0 / (1.0 + tl.exp(-z)) if SILU else 1.0
+    scale = widen(tl.load(weight + c, c < end, 0.0))[None, :]
+    z = normed * scale + widen(tl.load(bias + c, c < end, 0.0))[None, :]
+    gate = sigmoid(z) if SILU else 1.0
     return scale, z, gate
 
 
 @jit
-def _norm(h, stats, n, c, C, GROUPS: tl.constexpr):
+def _norm(h, stats, n, c, C, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
     """Give the normed values and the inverse deviation of each channel's group."""
-    at = stats + n * 3 * GROUPS + c // (C // GROUPS)
+    at = stats + n * 3 * GROUPS + c // WIDTH
     mean = tl.load(at, c < C, 0.0)[None, :]
     low = tl.load(at + GROUPS, c < C, 0.0)[None, :]
     rstd = tl.load(at + 2 * GROUPS, c < C, 0.0)[None, :]
@@ -64,33 +67,49 @@ def _store_stats(stats, n, group, mean, low, rstd, GROUPS: tl.constexpr):
 @jit
 def whole_group(
     x, residual, weight, bias, stats, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
-    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Give the outputs of this block's group, their sample, pixels, channels and mask: grid (groups, n)."""
+    """Give the outputs of this block's group, their sample, pixels, channels and mask: grid (groups, n).
+
+    WIDTH, the channels of a group, is a constant to let the compiler see how many of them it may load at once.
+    """
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    inside, pixels = tl.arange(0, CHANNELS), tl.arange(0, PIXELS)
-    c = tl.where(inside < C // GROUPS, group * (C // GROUPS) + inside, C)
-    h, _, mask = _load(x, residual, n, c, pixels, P, C, P, RESIDUAL, CHANNELS_LAST)
-    count = (C // GROUPS * P).to(h.dtype)
+    pixels, first = tl.arange(0, PIXELS), group * WIDTH
+    c, end = first + tl.arange(0, CHANNELS), first + WIDTH
+    h, _, mask = _load(x, residual, n, c, pixels, P, end, C, P, RESIDUAL, CHANNELS_LAST)
+    count = (WIDTH * P).to(h.dtype)
     mean = tl.sum(tl.where(mask, h, 0.0)) / count
-    low = tl.sum(tl.where(mask, h - mean, 0.0)) / count
-    centred = tl.where(mask, (h - mean) - low, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred) / count + eps)
-    _, z, gate = _affine(centred * rstd, weight, bias, c, C, SILU)
+    h = tl.where(mask, h - mean, 0.0)
+    low = tl.sum(h) / count
+    h = tl.where(mask, h - low, 0.0)
+    rstd = tl.rsqrt(tl.sum(h * h) / count + eps)
     _store_stats(stats, n, group, mean, low, rstd, GROUPS)
+    _, z, gate = _affine(h * rstd, weight, bias, c, end, SILU)
     return z * gate, n, pixels, c, mask
 
 
 @jit
 def group_kernel(
     x, residual, weight, bias, out, stats, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
-    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A whole group in one block: grid (groups, n)."""
     values, n, pixels, c, mask = whole_group(
-        x, residual, weight, bias, stats, C, P, eps, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS
+        x, residual, weight, bias, stats, C, P, eps, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, WIDTH, PIXELS, CHANNELS
     )  # fmt: skip
     tl.store(out + n * C * P + offsets(pixels, c, C, P, CHANNELS_LAST), values, mask)
+
+
+@jit
+def _folded(x, CHANNELS_LAST: tl.constexpr):
+    """Add up pixels by fours that one thread holds: neighbours, or where channels are side by side a quarter apart."""
+    P: tl.constexpr = x.shape[0]
+    FOLD: tl.constexpr = min(4, P)
+    if CHANNELS_LAST:
+        return tl.sum(x.reshape(FOLD, P // FOLD, x.shape[1]), 0)
+    return tl.sum(x.reshape(P // FOLD, FOLD, x.shape[1]), 1)
 
 
 @jit
@@ -104,17 +123,17 @@ def pieces_kernel(
     first = split * SPAN
     last = tl.minimum(first + SPAN, P)
     pixels = first + tl.arange(0, PIXELS)
-    h, _, mask = _load(x, residual, n, c, pixels, last, C, P, RESIDUAL, CHANNELS_LAST)
+    h, _, mask = _load(x, residual, n, c, pixels, last, C, C, P, RESIDUAL, CHANNELS_LAST)
     mean = tl.sum(tl.where(mask, h, 0.0), 0) / tl.minimum(PIXELS, last - first).to(h.dtype)
-    away = tl.where(mask, h - mean[None, :], 0.0)
-    squares = away * away
-    # Nothing is summed up inside: each thread adds to numbers of its own.
+    centred = tl.where(mask, h - mean[None, :], 0.0)
+    away, squares = _folded(centred, CHANNELS_LAST), _folded(centred * centred, CHANNELS_LAST)
+    # Threads exchange nothing inside: each adds to a few numbers of its own.
     for start in range(first + PIXELS, last, PIXELS):
         pixels = start + tl.arange(0, PIXELS)
-        h, _, mask = _load(x, residual, n, c, pixels, last, C, P, RESIDUAL, CHANNELS_LAST)
+        h, _, mask = _load(x, residual, n, c, pixels, last, C, C, P, RESIDUAL, CHANNELS_LAST)
         centred = tl.where(mask, h - mean[None, :], 0.0)
-        away += centred
-        squares += centred * centred
+        away += _folded(centred, CHANNELS_LAST)
+        squares += _folded(centred * centred, CHANNELS_LAST)
     count = (last - first).to(mean.dtype)
     low = tl.sum(away, 0) / count
     squares = tl.sum(squares, 0) - low * low * count
@@ -125,27 +144,41 @@ def pieces_kernel(
 
 
 @jit
-def merge_kernel(pieces, stats, C, P, SPAN, splits, eps, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The statistics of a group from its pieces': grid (groups, n)."""
+def merge_kernel(
+    pieces, weight, bias, stats, affine, C, P, SPAN, splits, eps,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The statistics of a group from its pieces', and the mean, gain and offset of its channels: grid (groups, n).
+
+    A norm's output is then `(h - mean) * gain + offset`, where the offset takes up the mean's low part.
+    """
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     piece, count = tl.arange(0, BLOCK), C // GROUPS * splits
     mask = piece < count
     at = pieces + n * 3 * C * splits + group * count + piece
     piece_mean, piece_low = tl.load(at, mask, 0.0), tl.load(at + C * splits, mask, 0.0)
-    weight = tl.where(mask, tl.minimum(P - (piece % splits) * SPAN, SPAN), 0).to(piece_mean.dtype)
-    total = tl.sum(weight)
-    mean = tl.sum(piece_mean * weight) / total
+    size = tl.where(mask, tl.minimum(P - (piece % splits) * SPAN, SPAN), 0).to(piece_mean.dtype)
+    total = tl.sum(size)
+    mean = tl.sum(piece_mean * size) / total
     away = (piece_mean - mean) + piece_low
-    low = tl.sum(away * weight) / total
+    low = tl.sum(away * size) / total
     away -= low
-    squares = tl.sum(tl.load(at + 2 * C * splits, mask, 0.0) + away * away * weight)
-    _store_stats(stats, n, group, mean, low, tl.rsqrt(squares / total + eps), GROUPS)
+    squares = tl.sum(tl.load(at + 2 * C * splits, mask, 0.0) + away * away * size)
+    rstd = tl.rsqrt(squares / total + eps)
+    _store_stats(stats, n, group, mean, low, rstd, GROUPS)
+    c, end = group * (C // GROUPS) + tl.arange(0, CHANNELS), (group + 1) * (C // GROUPS)
+    gain = rstd * widen(tl.load(weight + c, c < end, 0.0))
+    offset = widen(tl.load(bias + c, c < end, 0.0)) - low * gain
+    at = affine + n * 3 * C + c
+    tl.store(at, mean + tl.zeros_like(gain), c < end)
+    tl.store(at + C, gain, c < end)
+    tl.store(at + 2 * C, offset, c < end)
 
 
 @jit
 def tile(
-    x, residual, weight, bias, stats, C, P, GROUPS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BACKWARDS: tl.constexpr,
+    x, residual, affine, C, P, SILU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
     """Give the outputs of this block's tile, their sample, pixels, channels and mask: grid (pixels, channels, n).
 
@@ -157,27 +190,31 @@ def tile(
     n = n.to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     pixels = block * PIXELS + tl.arange(0, PIXELS)
-    h, _, mask = _load(x, residual, n, c, pixels, P, C, P, RESIDUAL, CHANNELS_LAST)
-    normed, _ = _norm(h, stats, n, c, C, GROUPS)
-    _, z, gate = _affine(normed, weight, bias, c, C, SILU)
-    return z * gate, n, pixels, c, mask
+    h, _, mask = _load(x, residual, n, c, pixels, P, C, C, P, RESIDUAL, CHANNELS_LAST)
+    at = affine + n * 3 * C + c
+    mean = tl.load(at, c < C, 0.0)[None, :]
+    gain = tl.load(at + C, c < C, 0.0)[None, :]
+    offset = tl.load(at + 2 * C, c < C, 0.0)[None, :]
+    z = (h - mean) * gain + offset
+    return z * sigmoid(z) if SILU else z, n, pixels, c, mask
 
 
 @jit
 def apply_kernel(
-    x, residual, weight, bias, stats, out, C, P, GROUPS: tl.constexpr, SILU: tl.constexpr,
-    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, residual, affine, out, C, P, SILU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Normalise a tile, after a pass that read forwards: grid (pixels, channels, n)."""
     values, n, pixels, c, mask = tile(
-        x, residual, weight, bias, stats, C, P, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS, True
-    )  # fmt: skip
+        x, residual, affine, C, P, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS, True
+    )
     tl.store(out + n * C * P + offsets(pixels, c, C, P, CHANNELS_LAST), values, mask)
 
 
 @jit
 def backward_kernel(
-    grad, x, residual, weight, bias, stats, sums, means, dx, C, P, SPAN, GROUPS: tl.constexpr, SILU: tl.constexpr,
+    grad, x, residual, weight, bias, stats, sums, means, dx, C, P, SPAN,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
@@ -189,12 +226,12 @@ def backward_kernel(
         plain = tl.zeros((CHANNELS,), stats.dtype.element_ty)
         moved = tl.zeros((CHANNELS,), stats.dtype.element_ty)
     else:
-        group = means + n * 2 * GROUPS + c // (C // GROUPS)
+        group = means + n * 2 * GROUPS + c // WIDTH
         plain, moved = tl.load(group, c < C, 0.0), tl.load(group + GROUPS, c < C, 0.0)
     for start in range(split * SPAN, last, PIXELS):
         pixels = start + tl.arange(0, PIXELS)
-        h, at, mask = _load(x, residual, n, c, pixels, last, C, P, RESIDUAL, CHANNELS_LAST)
-        normed, rstd = _norm(h, stats, n, c, C, GROUPS)
+        h, at, mask = _load(x, residual, n, c, pixels, last, C, C, P, RESIDUAL, CHANNELS_LAST)
+        normed, rstd = _norm(h, stats, n, c, C, GROUPS, WIDTH)
         scale, z, gate = _affine(normed, weight, bias, c, C, SILU)
         dz = widen(tl.load(grad + n * C * P + at, mask, 0.0))
         if SILU:

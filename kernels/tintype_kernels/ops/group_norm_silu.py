@@ -29,9 +29,9 @@ from tintype_kernels.torch_op import (
 )
 from tintype_kernels.triton_support import ceil_div, power_of_two
 
-ON_CHIP = 8192  # elements of a group that a block of eight warps holds without a spill
+ON_CHIP = 16384  # elements of a group that a block of sixteen warps holds without a spill
 TILE = 4096  # elements that a block of four warps works on at a time
-BLOCKS = 128  # that a sample is to have at least: large chips have as many multiprocessors
+BLOCKS = 512  # that a sample is to have at least: four reads under way in each multiprocessor of a large chip
 PIECES = 8192  # pieces of a group that are merged by one block
 
 
@@ -98,12 +98,13 @@ class Plan:
         self.layout = {"RESIDUAL": kind, "CHANNELS_LAST": layout == torch.channels_last}
         # How a block holds a whole group, if it can.
         pixels, channels = power_of_two(self.P), power_of_two(C // groups)
+        self.fits = pixels * channels <= ON_CHIP
         self.whole = {
+            "WIDTH": C // groups,
             "PIXELS": pixels,
             "CHANNELS": channels,
             "num_warps": max(4, pixels * channels // 1024),
         }
-        self.fits = pixels * channels <= ON_CHIP
         # Channels-last reads 64 channels in a row, contiguous as many pixels as a tile holds.
         channels = 64 if layout == torch.channels_last else ceil_div(TILE, power_of_two(self.P))
         channels = min(channels, power_of_two(C))
@@ -121,12 +122,15 @@ class Plan:
         self.merge = {"BLOCK": pieces, "num_warps": 4 if pieces <= TILE else 16}
 
 
-def measure(plan: Plan, stats: Tensor, eps: float) -> None:
-    """Statistics of groups that are split over blocks."""
+def measure(plan: Plan, weight: Tensor, bias: Tensor, stats: Tensor, eps: float) -> Tensor:
+    """Statistics of groups that are split over blocks; give [n, 3, c]: mean, gain and offset of each channel."""
     n, groups, sizes = len(plan.x), plan.groups, (plan.C, plan.P, plan.span)
-    pieces = stats.new_empty(n, 3, plan.C, plan.splits)
+    pieces, affine = stats.new_empty(n, 3, plan.C, plan.splits), stats.new_empty(n, 3, plan.C)
     kernels.pieces_kernel[plan.spans](plan.x, plan.residual, pieces, *sizes, **plan.tile)
-    kernels.merge_kernel[groups, n](pieces, stats, *sizes, plan.splits, eps, groups, **plan.merge)
+    kernels.merge_kernel[groups, n](
+        pieces, weight, bias, stats, affine, *sizes, plan.splits, eps, groups, plan.whole["CHANNELS"], **plan.merge
+    )  # fmt: skip
+    return affine
 
 
 def _triton_forward(
@@ -134,14 +138,14 @@ def _triton_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, stats = _empty_outputs(x, weight, bias, groups)
     plan = Plan(x, groups, residual)
-    inputs = (plan.x, plan.residual, weight.contiguous(), bias.contiguous())
+    inputs, weights = (plan.x, plan.residual), (weight.contiguous(), bias.contiguous())
     if plan.fits:
         kernels.group_kernel[groups, len(x)](
-            *inputs, out, stats, plan.C, plan.P, eps, groups, silu, **plan.layout, **plan.whole
-        )
+            *inputs, *weights, out, stats, plan.C, plan.P, eps, groups, silu, **plan.layout, **plan.whole
+        )  # fmt: skip
         return out, stats
-    measure(plan, stats, eps)
-    kernels.apply_kernel[plan.tiles](*inputs, stats, out, plan.C, plan.P, groups, silu, **plan.tile)
+    affine = measure(plan, *weights, stats, eps)
+    kernels.apply_kernel[plan.tiles](*inputs, affine, out, plan.C, plan.P, silu, **plan.tile)
     return out, stats
 
 
@@ -155,16 +159,16 @@ def _triton_backward(
     tensors = (
         grad.contiguous(memory_format=memory_format(x)), plan.x, plan.residual, weight, bias, stats, sums, means, dx
     )  # fmt: skip
-    sizes = (plan.C, plan.P)
+    sizes, grouping = (plan.C, plan.P), (groups, plan.whole["WIDTH"])
     pixels = plan.tile["PIXELS"]
     kernels.backward_kernel[plan.spans](
-        *tensors, *sizes, plan.span, groups, silu, **plan.tile, SUMS=True
+        *tensors, *sizes, plan.span, *grouping, silu, **plan.tile, SUMS=True
     )
     kernels.means_kernel[groups, n, 2](
         sums, weight, means, *sizes, plan.splits, groups, **plan.merge
     )
     kernels.backward_kernel[plan.tiles](
-        *tensors, *sizes, pixels, groups, silu, **plan.tile, SUMS=False
+        *tensors, *sizes, pixels, *grouping, silu, **plan.tile, SUMS=False
     )
     return dx, dweight.copy_(sums[:, 1].sum((0, 2))), dbias.copy_(sums[:, 0].sum((0, 2)))
 
@@ -260,8 +264,8 @@ def check_arguments(
 # Channels and side of norms in each model's denoiser and in the latent decoder that all share.
 _SIZES = {
     "SD1.5 512, 320 x 64": (320, 64),
-    "SD1.5 512, 1280 x 16": (1280, 16),
-    "SD1.5 512, 2560 x 8": (2560, 8),  # the largest that fits on chip
+    "SD1.5 512, 1280 x 16": (1280, 16),  # the largest that fits on chip
+    "SD1.5 512, 2560 x 8": (2560, 8),
     "SDXL 1024, 320 x 128": (320, 128),
     "SDXL 1024, 1280 x 32": (1280, 32),
     "decoder 1024, 512 x 128": (512, 128),

@@ -52,25 +52,26 @@ def _empty(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 @jit
 def _kernel(
-    x, residual, weight, bias, stats, given, scales, codes, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
-    RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, residual, weight, bias, stats, affine, given, scales, codes, C, P, eps, GROUPS: tl.constexpr,
+    SILU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     WHOLE: tl.constexpr, BACKWARDS: tl.constexpr, PEAK: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """The PEAK or the codes of a WHOLE group, grid (groups, n), or of a tile, grid (pixels, channels, n)."""
     if WHOLE:
         values, n, pixels, c, mask = kernels.whole_group(
-            x, residual, weight, bias, stats, C, P, eps, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS
+            x, residual, weight, bias, stats, C, P, eps, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, WIDTH, PIXELS, CHANNELS
         )  # fmt: skip
     else:
         values, n, pixels, c, mask = kernels.tile(
-            x, residual, weight, bias, stats, C, P, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS, BACKWARDS
-        )  # fmt: skip
-    values = tl.where(mask, values.to(x.dtype.element_ty).to(tl.float32), 0.0)
+            x, residual, affine, C, P, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS, BACKWARDS
+        )
+    values = values.to(x.dtype.element_ty).to(tl.float32)
     if PEAK:
-        raise_peak(given + n, values)
+        raise_peak(given + n, tl.where(mask, values, 0.0))
     else:
-        at = n * C * P + kernels.offsets(pixels, c, C, P, True)
-        store_codes(values, given, scales, codes, n, at, mask, STATIC)
+        at = kernels.offsets(pixels, c, C, P, True)
+        store_codes(values, given, scales, codes + n * C * P, n, at, mask, STATIC)
 
 
 def _triton_forward(
@@ -79,27 +80,24 @@ def _triton_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     plan, static = plain.Plan(x, groups, residual), input_scale is not None
     codes, scales, given = empty_pictures(x, input_scale)
-    stats = plain.empty_stats(x, groups)
-    inputs = (plan.x, plan.residual, weight.contiguous(), bias.contiguous(), stats)
+    stats, weights = plain.empty_stats(x, groups), (weight.contiguous(), bias.contiguous())
+    if plan.fits:
+        affine, grid, tile = stats, (groups, len(x)), plan.whole
+    else:
+        affine = plain.measure(plan, *weights, stats, eps)
+        tile, grid = codes_tile(x)
+        tile["WIDTH"] = plan.whole["WIDTH"]
 
-    def run(
-        grid: tuple[int, ...], tile: dict[str, int], *, peak: bool, whole: bool, backwards: bool
-    ) -> None:
+    def run(*, peak: bool, backwards: bool) -> None:
         _kernel[grid](
-            *inputs, given.view(torch.int32) if peak else given, scales, codes, plan.C, plan.P, eps, groups, silu,
-            **plan.layout, **tile, WHOLE=whole, BACKWARDS=backwards, PEAK=peak, STATIC=static,
+            plan.x, plan.residual, *weights, stats, affine, given.view(torch.int32) if peak else given, scales, codes,
+            plan.C, plan.P, eps, groups, silu,
+            **plan.layout, **tile, WHOLE=plan.fits, BACKWARDS=backwards, PEAK=peak, STATIC=static,
         )  # fmt: skip
 
-    tile, tiles = codes_tile(x)
-    if plan.fits:
-        run((groups, len(x)), plan.whole, peak=not static, whole=True, backwards=False)
-        if static:
-            return codes, scales
-    else:
-        plain.measure(plan, stats, eps)
-        if not static:
-            run(tiles, tile, peak=True, whole=False, backwards=True)
-    run(tiles, tile, peak=False, whole=False, backwards=static or plan.fits)
+    if not static:
+        run(peak=True, backwards=True)
+    run(peak=False, backwards=static)
     return codes, scales
 
 

@@ -6,6 +6,7 @@ hold an entry for each element, so that `out = y * cos + rotate(y) * sin` with `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from tintype_kernels.torch_op import (
 from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
 
 TILE = 4096  # elements that a block of four warps holds in registers
-HEADS = 4  # heads that share one load of cos and sin
+HEADS = 4  # heads at most that share one load of cos and sin
 Pair = tuple[Tensor, Tensor]
 
 
@@ -84,115 +85,142 @@ def _plain_backward(
 
 
 @jit
-def _where(x, strides, n, H, T, D, HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr):
-    """Pointers [heads, tokens, dim] of this program's tile of sample n, and which of them exist."""
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None, None]
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[None, :, None]
-    d = tl.arange(0, DIM)[None, None, :]
-    at = x + n * strides[0] + head * strides[1] + token * strides[2] + d
-    return at, (head < H) & (token < T) & (d < D)
+def _tile(T, D, TOKENS: tl.constexpr, DIM: tl.constexpr):
+    """This program's tokens [tokens, 1], elements of a head [1, dim], and which of both exist."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    d = tl.arange(0, DIM)[None, :]
+    return token, d, (token < T) & (d < D)
 
 
 @jit
-def _halves(x, ROWS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr):
-    """Even and odd elements of x [rows, tokens, dim], [rows, tokens, dim/2] each."""
-    return tl.split(x.reshape(ROWS, TOKENS, DIM // 2, 2))
+def _head(x, strides, n, head, token, d):
+    """Pointers to a tile of a head of sample n."""
+    return x + n * strides[0] + head * strides[1] + token * strides[2] + d
 
 
 @jit
-def _rotation(table, T, D, TOKENS: tl.constexpr, DIM: tl.constexpr):
-    """Halves [1, tokens, dim/2] of cos or sin, for all heads."""
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[None, :, None]
-    d = tl.arange(0, DIM)[None, None, :]
-    values = widen(tl.load(table + token * D + d, (token < T) & (d < D), 0.0))
-    return _halves(values, 1, TOKENS, DIM)
+def _load_heads(x, strides, n, token, d, inside, HEADS: tl.constexpr):
+    """A tile of each of this program's heads of sample n."""
+    heads = ()
+    for i in tl.static_range(HEADS):
+        at = _head(x, strides, n, tl.program_id(1) * HEADS + i, token, d)
+        heads += (widen(tl.load(at, inside, 0.0)),)
+    return heads
 
 
 @jit
-def _weight(weight, D, DIM: tl.constexpr):
-    d = tl.arange(0, DIM)[None, None, :]
-    return widen(tl.load(weight + d, d < D, 0.0))
+def _halves(x):
+    """Even and odd elements of x [tokens, dim], [tokens, dim/2] each."""
+    return tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+
+
+@jit
+def _joined(even, odd):
+    """What `_halves` was given."""
+    return tl.join(even, odd).reshape(even.shape[0], 2 * even.shape[1])
+
+
+@jit
+def _rotation(table, token, d, inside, D):
+    """Halves of cos or sin, for all heads."""
+    return _halves(widen(tl.load(table + token * D + d, inside, 0.0)))
+
+
+@jit
+def _gain(weight, d, inside):
+    """The weight of each element [tokens, dim]: in a row of its own it would go through shared memory."""
+    return widen(tl.load(weight + tl.broadcast_to(d, inside.shape), inside, 0.0))
 
 
 @jit
 def _forward_tile(
-    x, weight, cos, sin, out, strides, out_strides, n, H, T, D, eps,
+    x, weight, cos, sin, out, strides, out_strides, n, T, D, eps,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    at, mask = _where(x, strides, n, H, T, D, HEADS, TOKENS, DIM)
-    h = widen(tl.load(at, mask, 0.0))
-    y = h * tl.rsqrt(tl.sum(h * h, 2)[:, :, None] / D + eps)
+    token, d, inside = _tile(T, D, TOKENS, DIM)
+    heads = _load_heads(x, strides, n, token, d, inside, HEADS)
+    cos_even, cos_odd = _rotation(cos, token, d, inside, D)
+    sin_even, sin_odd = _rotation(sin, token, d, inside, D)
     if weight is not None:
-        y *= _weight(weight, D, DIM)
-    even, odd = _halves(y, HEADS, TOKENS, DIM)
-    cos_even, cos_odd = _rotation(cos, T, D, TOKENS, DIM)
-    sin_even, sin_odd = _rotation(sin, T, D, TOKENS, DIM)
-    rotated = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
-    to, _ = _where(out, out_strides, n, H, T, D, HEADS, TOKENS, DIM)
-    tl.store(to, rotated.reshape(HEADS, TOKENS, DIM), mask)
+        gain = _gain(weight, d, inside)
+    for i in tl.static_range(HEADS):
+        h = heads[i]
+        y = h * tl.rsqrt(tl.sum(h * h, 1)[:, None] / D + eps)
+        if weight is not None:
+            y *= gain
+        even, odd = _halves(y)
+        rotated = _joined(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
+        to = _head(out, out_strides, n, tl.program_id(1) * HEADS + i, token, d)
+        tl.store(to, rotated, inside)
 
 
 @jit
 def _forward_kernel(
     q, k, q_weight, k_weight, cos, sin, q_out, k_out, q_strides, k_strides, q_out_strides, k_out_strides,
-    H, T, D, eps, HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    T, D, eps, HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """A tile of q or of k: grid (tokens, heads, 2 * samples)."""
     n = (tl.program_id(2) // 2).to(tl.int64)
     if tl.program_id(2) % 2 == 0:
         _forward_tile(
-            q, q_weight, cos, sin, q_out, q_strides, q_out_strides, n, H, T, D, eps, HEADS, TOKENS, DIM
+            q, q_weight, cos, sin, q_out, q_strides, q_out_strides, n, T, D, eps, HEADS, TOKENS, DIM
         )  # fmt: skip
     else:
         _forward_tile(
-            k, k_weight, cos, sin, k_out, k_strides, k_out_strides, n, H, T, D, eps, HEADS, TOKENS, DIM
+            k, k_weight, cos, sin, k_out, k_strides, k_out_strides, n, T, D, eps, HEADS, TOKENS, DIM
         )  # fmt: skip
 
 
 @jit
 def _backward_kernel(
-    grad, x, weight, cos, sin, dx, sums, grad_strides, strides, dx_strides, H, T, D, eps,
+    grad, x, weight, cos, sin, dx, sums, grad_strides, strides, dx_strides, T, D, eps,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile, and its sum of dy*normed: grid (tokens, heads, samples)."""
     n = tl.program_id(2).to(tl.int64)
-    at, mask = _where(grad, grad_strides, n, H, T, D, HEADS, TOKENS, DIM)
-    even, odd = _halves(widen(tl.load(at, mask, 0.0)), HEADS, TOKENS, DIM)
-    cos_even, cos_odd = _rotation(cos, T, D, TOKENS, DIM)
-    sin_even, sin_odd = _rotation(sin, T, D, TOKENS, DIM)
-    dy = tl.join(even * cos_even + odd * sin_odd, odd * cos_odd - even * sin_even)
-    dy = dy.reshape(HEADS, TOKENS, DIM)
-    at, _ = _where(x, strides, n, H, T, D, HEADS, TOKENS, DIM)
-    h = widen(tl.load(at, mask, 0.0))
-    rstd = tl.rsqrt(tl.sum(h * h, 2)[:, :, None] / D + eps)
-    normed = h * rstd
+    token, d, inside = _tile(T, D, TOKENS, DIM)
+    grads = _load_heads(grad, grad_strides, n, token, d, inside, HEADS)
+    heads = _load_heads(x, strides, n, token, d, inside, HEADS)
+    cos_even, cos_odd = _rotation(cos, token, d, inside, D)
+    sin_even, sin_odd = _rotation(sin, token, d, inside, D)
+    total = tl.zeros((TOKENS, DIM), sums.dtype.element_ty)
     if weight is not None:
-        d = tl.arange(0, DIM)
+        gain = _gain(weight, d, inside)
+    for i in tl.static_range(HEADS):
+        even, odd = _halves(grads[i])
+        dy = _joined(even * cos_even + odd * sin_odd, odd * cos_odd - even * sin_even)
+        h = heads[i]
+        rstd = tl.rsqrt(tl.sum(h * h, 1)[:, None] / D + eps)
+        normed = h * rstd
+        if weight is not None:
+            total += dy * normed
+            dy *= gain
+        dh = (dy - normed * (tl.sum(dy * normed, 1)[:, None] / D)) * rstd
+        to = _head(dx, dx_strides, n, tl.program_id(1) * HEADS + i, token, d)
+        tl.store(to, dh, inside)
+    if weight is not None:
         block = (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(sums + block * D + d, tl.sum(tl.sum(dy * normed, 0), 0), d < D)
-        dy *= _weight(weight, D, DIM)
-    to, _ = _where(dx, dx_strides, n, H, T, D, HEADS, TOKENS, DIM)
-    tl.store(to, (dy - normed * (tl.sum(dy * normed, 2)[:, :, None] / D)) * rstd, mask)
+        tl.store(sums + block * D + d, tl.sum(total, 0)[None, :], d < D)
 
 
-def _tile(q: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _launch(q: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
     b, h, t, d = q.shape
-    dim, heads = power_of_two(d), min(HEADS, power_of_two(h))
+    dim, heads = power_of_two(d), math.gcd(h, HEADS)
     tokens = max(1, TILE // (heads * dim))
     tile = {"HEADS": heads, "TOKENS": tokens, "DIM": dim, "num_warps": 4}
-    return (ceil_div(t, tokens), ceil_div(h, heads), b), tile
+    return (ceil_div(t, tokens), h // heads, b), tile
 
 
 def _triton_forward(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
 ) -> Pair:  # fmt: skip
     q_out, k_out = _fake_forward(q, k)
-    (tokens, heads, b), tile = _tile(q)
+    (tokens, heads, b), tile = _launch(q)
     q, k = unit_stride(q), unit_stride(k)
     strides = [x.stride()[:3] for x in (q, k, q_out, k_out)]
     _forward_kernel[tokens, heads, 2 * b](
         q, k, _contiguous(q_weight), _contiguous(k_weight), cos.contiguous(), sin.contiguous(), q_out, k_out,
-        *strides, *q.shape[1:], eps, **tile,
+        *strides, *q.shape[2:], eps, **tile,
     )  # fmt: skip
     return q_out, k_out
 
@@ -202,7 +230,7 @@ def _triton_backward(
     cos: Tensor, sin: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight)
-    grid, tile = _tile(q)
+    grid, tile = _launch(q)
     cos, sin = cos.contiguous(), sin.contiguous()
     for which, (grad, x, weight) in enumerate(((q_grad, q, q_weight), (k_grad, k, k_weight))):
         dx, dweight = gradients[which], gradients[which + 2]
@@ -210,7 +238,7 @@ def _triton_backward(
         sums = q.new_empty(grid[0] * grid[1] * grid[2], q.shape[-1], dtype=wide_type(q))
         strides = [tensor.stride()[:3] for tensor in (grad, x, dx)]
         _backward_kernel[grid](
-            grad, x, weight, cos, sin, dx, sums, *strides, *q.shape[1:], eps, **tile
+            grad, x, weight, cos, sin, dx, sums, *strides, *q.shape[2:], eps, **tile
         )
         if weight is not None:
             dweight.copy_(sums.sum(0))

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from tintype_kernels.layout import memory_format
 from tintype_kernels.ops.quantise import LARGEST
-from tintype_kernels.triton_support import ceil_div, jit, magnitude_bits, power_of_two, tl
+from tintype_kernels.triton_support import (
+    ceil_div,
+    jit,
+    magnitude_bits,
+    nearest_int8,
+    power_of_two,
+    tl,
+)
 
 LEAST, MOST = -128.0, LARGEST[torch.int8]  # codes of a picture, as QuantizeLinear saturates
 
@@ -64,9 +71,10 @@ def raise_peak(peak, values):
 
 @jit
 def store_codes(values, given, scales, codes, n, at, inside, STATIC: tl.constexpr):
-    """Round values of sample n, zero beside `inside`, to codes, and keep their scale.
+    """Round values of sample n to codes, at offsets `at` from its first, and keep their scale.
 
-    `given` holds the scale of all samples where STATIC, and then `scales` holds it already; else it holds peaks.
+    `given` holds the scale of all samples where STATIC, and then `scales` holds it already; else it holds peaks. Beside
+    `inside` there must be no NaN in a sample that has none.
     """
     if STATIC:
         scale = tl.load(given)
@@ -75,10 +83,14 @@ def store_codes(values, given, scales, codes, n, at, inside, STATIC: tl.constexp
     else:
         scale = tl.div_rn(tl.load(given + n), 127.0)
         tl.store(scales + n, scale)
-    values = tl.div_rn(values, tl.where(scale == 0.0, 1.0, scale))
-    values = tl.minimum(tl.maximum(values, -128.0), 127.0)
-    values = (values + 12582912.0) - 12582912.0  # the nearest integer, halves to even
-    tl.store(codes + at, values.to(tl.int8), inside)
+    # Less than the least normal number has no inverse.
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    inverse = tl.div_rn(1.0, scale)
+    values = tl.minimum(tl.maximum(values, -128.0 * scale), 127.0 * scale)
+    # The quotient's own bits: what a product with the inverse leaves over is exact (Markstein, 1990).
+    steps = values * inverse
+    steps = tl.fma(tl.fma(steps, -scale, values), inverse, steps)
+    tl.store(codes + at, nearest_int8(steps), inside)
 
 
 @jit
@@ -102,7 +114,7 @@ def _codes_kernel(
     last = pixels * C + channels
     at = last if CHANNELS_LAST else channels * P + pixels
     values = tl.load(x + n * C * P + at, inside, 0.0).to(tl.float32)
-    store_codes(values, given, scales, codes, n, n * C * P + last, inside, STATIC)
+    store_codes(values, given, scales, codes + n * C * P, n, last, inside, STATIC)
 
 
 SPAN = 4096  # elements that a block of the first kernel reads
