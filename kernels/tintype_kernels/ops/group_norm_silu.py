@@ -104,6 +104,8 @@ class Plan:
             "PIXELS": pixels,
             "CHANNELS": channels,
             "num_warps": max(4, pixels * channels // 1024),
+            # Left to itself the assembler holds fewer on some chips, and spills.
+            "maxnreg": 128,
         }
         # Channels-last reads 64 channels in a row, contiguous as many pixels as a tile holds.
         channels = 64 if layout == torch.channels_last else ceil_div(TILE, power_of_two(self.P))
