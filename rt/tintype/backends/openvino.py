@@ -18,7 +18,7 @@ from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import MappedWeights, graph_file, read_graph
 from tintype.backends.onnx_weights import output_names
-from tintype.backends.openvino_model import read_model
+from tintype.backends.openvino_model import read_model, widen_late
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype_kernels.cache import cache_folder
@@ -130,7 +130,9 @@ class OpenVinoBackend(OnHost):
         relative = graph_file(self.bundle.stages, key.stage, key.profile)
         graph = read_graph(self.bundle, relative)
         try:
-            model = read_model(self._core, graph, self._weights, floats=_HINTS[key.dtype])
+            model = read_model(self._core, graph, self._weights)
+            if self._device == "CPU":
+                widen_late(model)
             compiled = self._core.compile_model(model, self._device, self._options(key.dtype))
         except RuntimeError as error:
             raise BundleError(

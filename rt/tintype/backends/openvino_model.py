@@ -20,18 +20,24 @@ _THAT_SAY_A_TYPE = ("Constant", "Convert", "Parameter")
 _LEFT_TO_KERNELS = ("decompression_0", "disabled_constant_folding_0")
 
 
-def read_model(core: ov.Core, graph: bytes, weights: MappedWeights, *, floats: str) -> ov.Model:
-    """The model of a graph, to be computed in `floats`, which is OpenVINO's name of a type: f32, bf16, f16.
-
-    It reads the mapped files, as does what is compiled from it.
-    """
+def read_model(core: ov.Core, graph: bytes, weights: MappedWeights) -> ov.Model:
+    """The model of a graph; it reads the mapped files, as does what is compiled from it."""
     model = core.read_model(read_from_memory(graph, weights.place))
     _leave_in_files(model, graph, weights)
     _unround_convolutions(model)
-    if floats != "f16":
-        _compute_in_float32(model)
-    _widen_late(model)
     return model
+
+
+def widen_late(model: ov.Model) -> None:
+    """Leave it to the kernels of a CPU, which compute in more bits, to widen stored floats of 16 bits."""
+    _compute_in_float32(model)
+    for constant in _constants(model):
+        if constant.get_element_type() not in _FLOATS_OF_16_BITS:
+            continue
+        for reader in _readers(constant):
+            if reader.get_node().get_type_name() == "Convert":
+                for mark in _LEFT_TO_KERNELS:
+                    reader.get_node().get_rt_info()[mark] = ""
 
 
 def _leave_in_files(model: ov.Model, graph: bytes, weights: MappedWeights) -> None:
@@ -82,17 +88,6 @@ def _compute_in_float32(model: ov.Model) -> None:
         else:
             node.set_element_type(ov.Type.f32)
     model.validate_nodes_and_infer_types()
-
-
-def _widen_late(model: ov.Model) -> None:
-    """Leave it to the kernels to widen stored floats of 16 bits."""
-    for constant in _constants(model):
-        if constant.get_element_type() not in _FLOATS_OF_16_BITS:
-            continue
-        for reader in _readers(constant):
-            if reader.get_node().get_type_name() == "Convert":
-                for mark in _LEFT_TO_KERNELS:
-                    reader.get_node().get_rt_info()[mark] = ""
 
 
 def _constants(model: ov.Model) -> list[ov.Node]:

@@ -101,7 +101,7 @@ def test_a_graph_is_computed_from_where_its_weights_are_mapped(tmp_path, precisi
     bundle = open_bundle(tmp_path / "layers")
     graph = bundle.path("decode/b1.onnx").read_bytes()
     weights = MappedWeights(bundle)
-    model = read_model(ov.Core(), graph, weights, floats="f32")
+    model = read_model(ov.Core(), graph, weights)
     constants = {node.get_friendly_name(): node for node in model.get_ops()}
     for tensor in external_tensors(graph):
         address, _ = weights.place(tensor.location, tensor.offset, tensor.length)
