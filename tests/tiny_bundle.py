@@ -93,8 +93,8 @@ def write_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
 
 
-def external_tensors(path):
-    """Initialisers that point into the file, by its own header: length, JSON of offsets, data."""
+def external_tensors(path, data_type=F32):
+    """Initialisers of one type that point into the file, by its own header: length, JSON of offsets, data."""
     blob = path.read_bytes()
     (length,) = struct.unpack("<Q", blob[:8])
     tensors = {}
@@ -102,7 +102,7 @@ def external_tensors(path):
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
-        tensor = TensorProto(name=name, data_type=F32, dims=entry["shape"])
+        tensor = TensorProto(name=name, data_type=data_type, dims=entry["shape"])
         tensor.data_location = TensorProto.EXTERNAL
         fields = {"location": WEIGHTS, "offset": 8 + length + begin, "length": end - begin}
         for key, value in fields.items():

@@ -11,10 +11,11 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
+import memory_held
+from tintype.backends import onnx_weights
 from tintype.backends.graphs import MappedWeights
-from tintype.backends.onnx_weights import external_tensors
 from tintype.bundle import open_bundle
-from tiny_bundle import F32, WEIGHTS, save, write_manifest
+from tiny_bundle import F32, WEIGHTS, external_tensors, save, write_manifest
 from tolerances import TINY_GRAPH, relative_error
 
 ov = pytest.importorskip("openvino")
@@ -52,7 +53,7 @@ def write_layers(folder: Path, precision: str) -> torch.Tensor:
     square = onnx.numpy_helper.from_array(np.array([1, WIDTH, 2, 2]), "square")
     faces = ("latents", [4, WIDTH]), ("image", [1, WIDTH // 4, 2, 2])
     inputs, outputs = ([helper.make_tensor_value_info(name, F32, shape)] for name, shape in faces)
-    external = pointed(folder / WEIGHTS, stored, KINDS[precision])
+    external = external_tensors(folder / WEIGHTS, KINDS[precision])
     graph = save(folder, "decode/b1.onnx", (nodes, inputs, outputs, [square]), external)
     write_manifest(
         folder,
@@ -68,31 +69,8 @@ def write_layers(folder: Path, precision: str) -> torch.Tensor:
     return torch.nn.functional.conv2d(mixed, stored["convolution"].double(), padding=1)
 
 
-def pointed(path: Path, tensors: dict[str, torch.Tensor], kind: int) -> dict[str, TensorProto]:
-    """Initialisers that point into a file, which holds the tensors at its end, sorted by their names."""
-    found, end = {}, path.stat().st_size
-    for name in sorted(tensors, reverse=True):
-        tensor = TensorProto(name=name, data_type=kind, dims=tensors[name].shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        end -= tensors[name].nbytes
-        for key, value in (
-            ("location", WEIGHTS),
-            ("offset", end),
-            ("length", tensors[name].nbytes),
-        ):
-            tensor.external_data.add(key=key, value=str(value))
-        found[name] = tensor
-    return found
-
-
 def latents() -> torch.Tensor:
     return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-def anonymous_memory() -> int:
-    """Bytes that this process holds beside what it has mapped from files."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 @pytest.mark.parametrize("precision", TYPES)
@@ -103,11 +81,12 @@ def test_a_graph_is_computed_from_where_its_weights_are_mapped(tmp_path, precisi
     weights = MappedWeights(bundle)
     model = read_model(ov.Core(), graph, weights)
     constants = {node.get_friendly_name(): node for node in model.get_ops()}
-    for tensor in external_tensors(graph):
+    for tensor in onnx_weights.external_tensors(graph):
         address, _ = weights.place(tensor.location, tensor.offset, tensor.length)
         assert constants[tensor.name].get_tensor_view().data.ctypes.data == address
 
 
+@memory_held.told
 @pytest.mark.parametrize("precision", TYPES)
 def test_it_holds_weights_once_beside_the_mapped_files_and_computes_what_they_say(
     tmp_path, precision
@@ -115,9 +94,9 @@ def test_it_holds_weights_once_beside_the_mapped_files_and_computes_what_they_sa
     expected = write_layers(tmp_path / "layers", precision)
     bundle = open_bundle(tmp_path / "layers")
     backend = OpenVinoBackend(bundle)
-    before = anonymous_memory()
+    before = memory_held.held()
     actual = backend.run("decode", "b1", {"latents": latents().numpy()})["image"]
-    held = anonymous_memory() - before
+    held = memory_held.held() - before
     stored = (WIDTH * WIDTH + WIDTH // 4 * WIDTH * 9) * BYTES[backend.dtype]
     assert held < 1.3 * stored
     allowed = TINY_GRAPH if backend.dtype == "float32" else 2**-7
