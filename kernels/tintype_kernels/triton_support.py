@@ -18,6 +18,9 @@ except ImportError as error:
     jit, tl, reason = lambda kernel: kernel, None, f"Triton is not usable: {error}"  # type: ignore[assignment]
     set_allocator = None
 
+# What is less has no inverse in float32. Kernels see globals that are constants of Triton's alone.
+LEAST_NORMAL: Any = 2.0**-126 if tl is None else tl.constexpr(2.0**-126)
+
 
 @jit
 def widen(x):  # noqa: ANN001, ANN201
@@ -71,6 +74,10 @@ def power_of_two(count: int) -> int:
 
 
 WIDEST_ROW = 16384  # elements of a row that a block can hold
+
+
+# Left to itself the assembler holds fewer a thread on some chips, for more blocks at a time, and spills.
+REGISTERS = {"maxnreg": 128}
 
 
 def too_wide(n: int) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from tintype_kernels.ops.row_parts import part_width
 from tintype_kernels.torch_op import TorchOp, describe, empty, public, unit_stride, wide
-from tintype_kernels.triton_support import ceil_div, jit, normal_below, power_of_two, tl, widen
+from tintype_kernels.triton_support import ceil_div, jit, normal_below, tl, widen
 
 
 def reference(x: Tensor) -> Tensor:
@@ -66,8 +67,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def _tile(c: int) -> dict[str, int]:
-    """How a block is launched that holds a fifth of c channels at least, as widths are three or five times 2**n."""
-    block = min(1024, power_of_two(ceil_div(c, 5)))
+    """How a block is launched that holds a part of a row of c channels."""
+    block = min(1024, part_width(c))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 

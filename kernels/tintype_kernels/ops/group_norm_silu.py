@@ -27,7 +27,7 @@ from tintype_kernels.torch_op import (
     wide,
     wide_type,
 )
-from tintype_kernels.triton_support import ceil_div, power_of_two
+from tintype_kernels.triton_support import REGISTERS, ceil_div, power_of_two
 
 ON_CHIP = 16384  # elements of a group that a block of sixteen warps holds without a spill
 TILE = 4096  # elements that a block of four warps works on at a time
@@ -104,8 +104,7 @@ class Plan:
             "PIXELS": pixels,
             "CHANNELS": channels,
             "num_warps": max(4, pixels * channels // 1024),
-            # Left to itself the assembler holds fewer on some chips, and spills.
-            "maxnreg": 128,
+            **REGISTERS,
         }
         # Channels-last reads 64 channels in a row, contiguous as many pixels as a tile holds.
         channels = 64 if layout == torch.channels_last else ceil_div(TILE, power_of_two(self.P))

@@ -77,7 +77,7 @@ def modulated(
     x, shift, scale, rows, T, C: tl.constexpr, x_batch, x_row, shift_batch, scale_batch, eps, unit, WIDTH: tl.constexpr
 ):  # fmt: skip
     """`layer_norm(x) * (unit + scale) + shift` of tokens `rows` of sample program_id(1), in parts."""
-    b, parts, modulated = tl.program_id(1).to(tl.int64), (), ()
+    b, parts, outputs = tl.program_id(1).to(tl.int64), (), ()
     at = x + b * x_batch + rows[:, None] * x_row
     for part in tl.static_range((C + WIDTH - 1) // WIDTH):
         loaded = tl.load(at + columns(part, WIDTH), inside(rows, T, part, C, WIDTH), 0.0)
@@ -89,8 +89,8 @@ def modulated(
         c = tl.broadcast_to(columns(part, WIDTH), parts[part].shape)
         gain = unit + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))
         offset = widen(tl.load(shift + b * shift_batch + c, c < C, 0.0))
-        modulated += (parts[part] * rstd * gain + offset,)
-    return modulated
+        outputs += (parts[part] * rstd * gain + offset,)
+    return outputs
 
 
 @jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from tintype_kernels.layout import memory_format
 from tintype_kernels.ops.quantise import LARGEST
 from tintype_kernels.triton_support import (
+    LEAST_NORMAL,
     ceil_div,
     jit,
     magnitude_bits,
@@ -83,8 +84,7 @@ def store_codes(values, given, scales, codes, n, at, inside, STATIC: tl.constexp
     else:
         scale = tl.div_rn(tl.load(given + n), 127.0)
         tl.store(scales + n, scale)
-    # Less than the least normal number has no inverse.
-    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    scale = tl.where(scale < LEAST_NORMAL, 1.0, scale)
     inverse = tl.div_rn(1.0, scale)
     values = tl.minimum(tl.maximum(values, -128.0 * scale), 127.0 * scale)
     # The quotient's own bits: what a product with the inverse leaves over is exact (Markstein, 1990).

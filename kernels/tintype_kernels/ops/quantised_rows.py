@@ -14,7 +14,14 @@ from torch import Tensor
 from tintype_kernels.ops.quantise import quantize_rows
 from tintype_kernels.ops.row_parts import columns, inside
 from tintype_kernels.torch_op import TorchOp
-from tintype_kernels.triton_support import jit, magnitude_bits, nearest_int8, tl, too_wide
+from tintype_kernels.triton_support import (
+    LEAST_NORMAL,
+    jit,
+    magnitude_bits,
+    nearest_int8,
+    tl,
+    too_wide,
+)
 
 SCHEMES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # The first architecture whose instructions know a scheme's codes.
@@ -49,7 +56,7 @@ def store_quantized(
         rounded += (values,)
     scale = tl.div_rn(tl.max(peaks, 1).to(tl.float32, bitcast=True), LIMIT)
     # What is so small that its inverse is infinite becomes zeros.
-    inverse = tl.where(scale >= 1.1754943508222875e-38, tl.div_rn(1.0, scale), 0.0)
+    inverse = tl.where(scale >= LEAST_NORMAL, tl.div_rn(1.0, scale), 0.0)
     codes += rows[:, None].to(tl.int64) * N
     for part in tl.static_range(len(parts)):
         values = rounded[part] * inverse[:, None]

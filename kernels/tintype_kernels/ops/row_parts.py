@@ -6,22 +6,21 @@ up to two fifths of a block idle.
 
 from __future__ import annotations
 
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl
+from tintype_kernels.triton_support import REGISTERS, ceil_div, jit, power_of_two, tl
 
 _MOST = 5  # parts of a row
 
 
+def part_width(n: int) -> int:
+    """The elements of a part of a row of n."""
+    return power_of_two(ceil_div(n, _MOST))
+
+
 def row_parts(n: int) -> dict[str, int]:
     """How a block that holds whole rows of n elements is launched: a thread holds eight or more of each part."""
-    width = power_of_two(ceil_div(n, _MOST))
+    width = part_width(n)
     warps = min(max(4, width // 256), 16)
-    # Left to itself the assembler holds fewer registers on some chips, for more blocks at a time, and spills.
-    return {
-        "ROWS": max(1, 1024 // width),
-        "WIDTH": width,
-        "num_warps": warps,
-        "maxnreg": 128,
-    }
+    return {"ROWS": max(1, 1024 // width), "WIDTH": width, "num_warps": warps, **REGISTERS}
 
 
 @jit

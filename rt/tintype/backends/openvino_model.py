@@ -1,7 +1,8 @@
 """An ONNX graph as OpenVINO takes it: weights stay in the mapped files, in the bits that they are stored in.
 
 What the reader makes of a graph holds a copy of the weights, and what the compiler keeps of that holds them in
-float32 beside what it packs for its kernels: five times the bytes of a file in 16 bits. Here both read the files.
+float32 beside what it packs for its kernels. Here the copy goes before anything is compiled, and nothing is widened
+but what is packed.
 """
 
 from __future__ import annotations
