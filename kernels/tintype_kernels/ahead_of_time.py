@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -118,11 +118,13 @@ def op_modules() -> Iterator[ModuleType]:
             yield module
 
 
-def compile_op(module: ModuleType, arch: int, dtype: str = "float16") -> Iterator[Compiled]:
-    """Compile what the op launches over its cases; a kernel that an earlier case compiled is passed over."""
+def compile_op(
+    module: ModuleType, arch: int, given: Iterable[tuple[str, dict[str, Any]]]
+) -> Iterator[Compiled]:
+    """Compile what the op launches over given cases; a kernel that an earlier case compiled is passed over."""
     name = module.__name__.rpartition(".")[2]
     seen: set[str] = set()
-    for case, arguments in cases(module, arch, dtype):
+    for case, arguments in given:
         for launch in _launched(getattr(module, name), arguments, arch):
             if launch.binary.hash not in seen:
                 seen.add(launch.binary.hash)
@@ -243,7 +245,8 @@ def compile_all(
 def _compile_task(task: tuple[str, int, str]) -> list[Compiled]:
     name, arch, dtype = task
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # once a process is too often
-    return list(compile_op(importlib.import_module(name), arch, dtype))
+    module = importlib.import_module(name)
+    return list(compile_op(module, arch, cases(module, arch, dtype)))
 
 
 def line(compiled: Compiled) -> str:

@@ -6,20 +6,43 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tintype_kernels.ahead_of_time import ARCHITECTURES, cases, op_modules
 
 
+# Small and odd samples, one pixel or one row among them, which Triton sees as constants.
+COMPILE_SAMPLES = """
+import importlib, torch
+from kernel_checks import SAMPLES, _folded
+from tintype_kernels.ahead_of_time import compile_op
+for sample in SAMPLES:
+    op = importlib.import_module(f"tintype_kernels.ops.{sample.op}")
+    given = [(sample.label, _folded(sample.arguments(torch.float16, "meta")))]
+    assert [each for each in compile_op(op, 90, given) if not each.fault], sample
+"""
+
+
+def compiling(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("ahead_of_time") / "report.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tintype_kernels.ahead_of_time", "--json", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = compiling("-m", "tintype_kernels.ahead_of_time", "--json", str(path))
     assert path.exists(), done.stderr
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_sample_of_the_checks_compiles():
+    done = compiling("-c", COMPILE_SAMPLES)
+    assert not done.returncode, done.stderr
 
 
 def test_every_op_compiles_for_every_architecture(report):

@@ -78,7 +78,7 @@ def whole_group(
     pixels, first = tl.arange(0, PIXELS), group * WIDTH
     c, end = first + tl.arange(0, CHANNELS), first + WIDTH
     h, _, mask = _load(x, residual, n, c, pixels, P, end, C, P, RESIDUAL, CHANNELS_LAST)
-    count = (WIDTH * P).to(h.dtype)
+    count = WIDTH * P  # a plain number of a picture of one pixel
     mean = tl.sum(tl.where(mask, h, 0.0)) / count
     h = tl.where(mask, h - mean, 0.0)
     low = tl.sum(h) / count
