@@ -105,6 +105,15 @@ def _modulate(
     }
 
 
+def _joined(b: int, t: int, c: int, *, gated: bool = True) -> Callable[[], Arguments]:
+    return lambda: {
+        **_gate(b, t, c)(),
+        "shift": normal(b, c),
+        "scale": normal(b, 1, c),
+        **({} if gated else {"gate": None}),
+    }
+
+
 def _gate(b: int, t: int, c: int) -> Callable[[], Arguments]:
     return lambda: {"x": normal(b, t, c), "y": normal(b, t, c), "gate": normal(b, c)}
 
@@ -152,6 +161,9 @@ SAMPLES = [
     Sample("layer_norm_modulate", "near overflow", _modulate(1, 4, 70, spread=1.2e4), _ROWS),
     Sample("gate_residual", "rest", _gate(2, 37, 300), _ROWS),
     Sample("gate_residual", "one", _gate(1, 1, 1), _ROWS),
+    Sample("residual_layer_norm", "rest", _joined(2, 11, 150), _ROWS),
+    Sample("residual_layer_norm", "no gate", _joined(2, 5, 300, gated=False), _ROWS),
+    Sample("residual_layer_norm", "wide", _joined(2, 3, 4100), _ROWS),
     Sample("geglu", "rest", lambda: {"x": normal(2, 3, 2 * 1030, spread=2)}, _ROWS),
     Sample("geglu", "one row", lambda: {"x": normal(2 * 5)}, ()),
     Sample("qk_norm_rope", "rest", _rope(2, 5, 9, 40), ("q", "k")),

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tintype_kernels.ops.quantise import quantize_fp8, quantize_int4, quantize_int8
     from tintype_kernels.ops.quantised_pictures import QuantizedPictures
     from tintype_kernels.ops.quantised_rows import QuantizedRows
+    from tintype_kernels.ops.residual_layer_norm import residual_layer_norm
+    from tintype_kernels.ops.residual_layer_norm_quantized import residual_layer_norm_quantized
 
 # Each op on tensors, with the module of `tintype_kernels.ops` that holds it.
 _TENSOR_OPS = {
@@ -50,6 +52,8 @@ _TENSOR_OPS = {
     "quantize_fp8": "quantise",
     "quantize_int4": "quantise",
     "quantize_int8": "quantise",
+    "residual_layer_norm": "residual_layer_norm",
+    "residual_layer_norm_quantized": "residual_layer_norm_quantized",
 }
 
 __all__ = [
@@ -77,6 +81,8 @@ __all__ = [
     "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
+    "residual_layer_norm",
+    "residual_layer_norm_quantized",
     "scheduler_step",
 ]
 

@@ -12,7 +12,6 @@ import pytest
 
 from tintype_kernels.ahead_of_time import ARCHITECTURES, cases, op_modules
 
-
 # Small and odd samples, one pixel or one row among them, which Triton sees as constants.
 COMPILE_SAMPLES = """
 import importlib, torch

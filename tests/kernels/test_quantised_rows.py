@@ -15,11 +15,14 @@ from tintype_kernels import (
     KernelUnavailable,
     activate_quantized,
     fp8_linear,
+    gate_residual,
     geglu,
     geglu_quantized,
     int8_linear,
     layer_norm_modulate,
     layer_norm_modulate_quantized,
+    residual_layer_norm,
+    residual_layer_norm_quantized,
 )
 from tintype_kernels.ops.linear_epilogue import ACTIVATIONS
 from tintype_kernels.ops.quantise import LARGEST, quantize_fp8, quantize_int8
@@ -43,6 +46,22 @@ def _activated_beside(activation, before, x, scheme="int8"):
     return activate_quantized(x, scheme, activation, before)
 
 
+def _joined(b, t, c):
+    return normal(b, t, c), normal(b, t, c), normal(b, c), normal(b, c), normal(b, 1, c)
+
+
+def _normed(op, *arguments, **scheme):
+    return op(*arguments, **scheme)[1]
+
+
+def _normed_exactly(*arguments):
+    return residual_layer_norm.reference(*arguments)[1]
+
+
+JOINED = partial(_normed, residual_layer_norm)
+JOINED.reference = _normed_exactly  # type: ignore[attr-defined]
+
+
 def beside(activation):
     """The fused op, what it fuses, and arguments."""
     arguments = normal(2, 7, 48), normal(2, 7, 300, spread=2)
@@ -53,6 +72,7 @@ def beside(activation):
 FUSED = {
     "layer_norm_modulate": (layer_norm_modulate_quantized, layer_norm_modulate, _modulated(2, 11, 150)),
     "layer_norm_modulate, wide": (layer_norm_modulate_quantized, layer_norm_modulate, _modulated(2, 3, 4100)),
+    "joined": (partial(_normed, residual_layer_norm_quantized), JOINED, _joined(2, 11, 150)),
     "geglu": (geglu_quantized, geglu, (normal(2, 3, 2 * 1030, spread=2),)),
     "none": (activate_quantized, ACTIVATIONS["none"], (normal(2, 7, 300),)),
     "beside": beside("none"),
@@ -113,6 +133,14 @@ def test_without_the_unit_it_is_the_norm_with_weights():
         assert torch.equal(rows.codes, expected.codes)
 
 
+def test_the_stream_is_the_sum_whatever_its_norm_is_kept_in():
+    arguments = [a.half() for a in _joined(2, 5, 70)]
+    with forced("triton"):
+        stream, _ = residual_layer_norm_quantized(*arguments)
+        assert torch.equal(stream, gate_residual(*arguments[:3]))
+        assert torch.equal(stream, residual_layer_norm(*arguments)[0])
+
+
 @each(FUSED)
 def test_same_bits_in_any_batch(fused, op, arguments):
     with forced("triton"):
@@ -154,7 +182,9 @@ def test_torch_accepts_the_ops(scheme, monkeypatch):
     for fused, _, arguments in FUSED.values():
         rows = fused(*(a.float() for a in arguments), scheme=scheme)
         linear(rows, quantize(normal(16, rows.shape[-1])), normal(16).float())
-    writers = {"layer_norm_modulate_quantized", "geglu_quantized", "activate_quantized"}
+    writers = {
+        "layer_norm_modulate_quantized", "residual_layer_norm_quantized", "geglu_quantized", "activate_quantized"
+    }  # fmt: skip
     assert {op.name for op, _ in calls} == writers | {"quantized_rows_linear"}
     for op, inputs in calls:
         torch.library.opcheck(getattr(torch.ops.tintype, op.name).default, inputs)

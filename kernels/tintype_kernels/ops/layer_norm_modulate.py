@@ -73,24 +73,42 @@ def _normed(parts, C: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @jit
-def modulated(
-    x, shift, scale, rows, T, C: tl.constexpr, x_batch, x_row, shift_batch, scale_batch, eps, unit, WIDTH: tl.constexpr
-):  # fmt: skip
-    """`layer_norm(x) * (unit + scale) + shift` of tokens `rows` of sample program_id(1), in parts."""
-    b, parts, outputs = tl.program_id(1).to(tl.int64), (), ()
-    at = x + b * x_batch + rows[:, None] * x_row
+def load_tokens(x, rows, T, C: tl.constexpr, x_batch, x_row, WIDTH: tl.constexpr):
+    """Tokens `rows` of sample program_id(1), in parts, zero beside them."""
+    at, parts = x + tl.program_id(1).to(tl.int64) * x_batch + rows[:, None] * x_row, ()
     for part in tl.static_range((C + WIDTH - 1) // WIDTH):
         loaded = tl.load(at + columns(part, WIDTH), inside(rows, T, part, C, WIDTH), 0.0)
         parts += (widen(loaded),)
+    return parts
+
+
+@jit
+def spread(vectors, stride, part: tl.constexpr, like, C: tl.constexpr, WIDTH: tl.constexpr):
+    """A part of the vector of sample program_id(1), for each row: from the cache, not through shared memory."""
+    c = tl.broadcast_to(columns(part, WIDTH), like.shape)
+    return widen(tl.load(vectors + tl.program_id(1).to(tl.int64) * stride + c, c < C, 0.0))
+
+
+@jit
+def modulated(
+    parts, shift, scale, C: tl.constexpr, shift_batch, scale_batch, eps, unit, WIDTH: tl.constexpr
+):
+    """`layer_norm(x) * (unit + scale) + shift` of tokens of sample program_id(1), in parts."""
     parts, variance = _normed(parts, C, WIDTH)
-    rstd = tl.rsqrt(variance + eps)
+    rstd, outputs = tl.rsqrt(variance + eps), ()
     for part in tl.static_range(len(parts)):
-        # Each row reads its own: from the cache, where one for all would go through shared memory.
-        c = tl.broadcast_to(columns(part, WIDTH), parts[part].shape)
-        gain = unit + widen(tl.load(scale + b * scale_batch + c, c < C, 0.0))
-        offset = widen(tl.load(shift + b * shift_batch + c, c < C, 0.0))
+        gain = unit + spread(scale, scale_batch, part, parts[part], C, WIDTH)
+        offset = spread(shift, shift_batch, part, parts[part], C, WIDTH)
         outputs += (parts[part] * rstd * gain + offset,)
     return outputs
+
+
+@jit
+def store_tokens(parts, out, rows, T, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Write tokens `rows` of sample program_id(1) to contiguous [b, T, C]."""
+    at = out + tl.program_id(1).to(tl.int64) * T * C + rows[:, None] * C
+    for part in tl.static_range(len(parts)):
+        tl.store(at + columns(part, WIDTH), parts[part], inside(rows, T, part, C, WIDTH))
 
 
 @jit
@@ -100,12 +118,9 @@ def _forward_kernel(
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    parts = modulated(
-        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, WIDTH
-    )
-    at = out + tl.program_id(1).to(tl.int64) * T * C + rows[:, None] * C
-    for part in tl.static_range(len(parts)):
-        tl.store(at + columns(part, WIDTH), parts[part], inside(rows, T, part, C, WIDTH))
+    parts = load_tokens(x, rows, T, C, x_batch, x_row, WIDTH)
+    parts = modulated(parts, shift, scale, C, shift_batch, scale_batch, eps, unit, WIDTH)
+    store_tokens(parts, out, rows, T, C, WIDTH)
 
 
 @jit

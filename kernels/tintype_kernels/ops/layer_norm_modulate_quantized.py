@@ -46,9 +46,8 @@ def _kernel(
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
     rows, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
-    parts = plain.modulated(
-        x, shift, scale, rows, T, C, x_batch, x_row, shift_batch, scale_batch, eps, unit, WIDTH
-    )
+    parts = plain.load_tokens(x, rows, T, C, x_batch, x_row, WIDTH)
+    parts = plain.modulated(parts, shift, scale, C, shift_batch, scale_batch, eps, unit, WIDTH)
     codes, scales = codes + b * T * C, scales + b * T
     store_quantized(parts, codes, scales, rows, T, C, x.dtype.element_ty, LIMIT, WIDTH)
 

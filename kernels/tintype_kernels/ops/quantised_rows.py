@@ -88,6 +88,18 @@ def arch_obstacle(scheme: str, x: Tensor) -> str:
     return f"{scheme} needs sm_{oldest} or newer"
 
 
+def empty_rows(x: Tensor, shape: tuple[int, ...], scheme: str) -> tuple[Tensor, Tensor]:
+    """Codes as ops give them, of a shape, and a scale a row, to be written."""
+    codes = torch.uint8 if scheme == "fp8" else torch.int8
+    return x.new_empty(shape, dtype=codes), x.new_empty(shape[:-1], dtype=torch.float32)
+
+
+def check_scheme(scheme: str) -> None:
+    """Refuse what is no scheme."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
+
+
 class RowsOp:
     """`tintype::<name>` of (x, scheme, ...), which gives the rows of `shape(x, ...)`; `reference` gives them plainly.
 
@@ -108,14 +120,12 @@ class RowsOp:
         )  # fmt: skip
 
     def __call__(self, x: Tensor, scheme: str, *others: Any) -> QuantizedRows:
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        check_scheme(scheme)
         codes, scales = self._op(x, scheme, *others)
         return QuantizedRows(from_bytes(codes), scales, x.dtype)
 
     def _empty(self, x: Tensor, scheme: str, *others: Any) -> tuple[Tensor, Tensor]:
-        shape, codes = self._shape(x, *others), torch.uint8 if scheme == "fp8" else torch.int8
-        return x.new_empty(shape, dtype=codes), x.new_empty(shape[:-1], dtype=torch.float32)
+        return empty_rows(x, self._shape(x, *others), scheme)
 
     def _written(self, x: Tensor, scheme: str, *others: Any) -> tuple[Tensor, Tensor]:
         codes, scales = self._empty(x, scheme, *others)

@@ -77,8 +77,8 @@ class _Block(nn.Module):
             layer_norm_modulate(text, text_shift, text_scale, self.attn.text_readers),
             rotation,
         )
-        image = fed_forward(gate_residual(image, seen, gate), self.ff, *of_image)
-        text = fed_forward(gate_residual(text, heard, text_gate), self.ff_context, *of_text)
+        image = fed_forward(image, seen, gate, self.ff, *of_image)
+        text = fed_forward(text, heard, text_gate, self.ff_context, *of_text)
         return image, _within_half(text)
 
 

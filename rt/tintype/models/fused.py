@@ -189,6 +189,38 @@ def layer_norm_modulate(
     return F.layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale) + shift
 
 
+def add_layer_norm(
+    norm: nn.LayerNorm, x: Tensor, y: Tensor, readers: Readers = ()
+) -> tuple[Tensor, Tensor | QuantizedRows]:
+    """x + y, and its norm with weights of its own [c], for x and y [n, t, c]."""
+    if not _serves(x):
+        x = x + y
+        return x, norm(x)
+    return _joined(x, y, None, *_of_all(norm, x), readers, norm.eps, 0.0)
+
+
+def gate_layer_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, readers: Readers = ()
+) -> tuple[Tensor, Tensor | QuantizedRows]:
+    """`gate_residual` of x, y and the gate, and `layer_norm_modulate` of that."""
+    if not _serves(x):
+        x = gate_residual(x, y, gate)
+        return x, layer_norm_modulate(x, shift, scale)
+    return _joined(x, y, gate, shift, scale, readers, _EPS, 1.0)
+
+
+def _joined(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, readers: Readers, eps: float, unit: float
+) -> tuple[Tensor, Tensor | QuantizedRows]:  # fmt: skip
+    if scheme := _codes_for(x, readers):
+        from tintype_kernels.ops.residual_layer_norm_quantized import residual_layer_norm_quantized
+
+        return residual_layer_norm_quantized(x, y, gate, shift, scale, scheme, eps, unit)
+    from tintype_kernels.ops.residual_layer_norm import residual_layer_norm
+
+    return residual_layer_norm(x, y, gate, shift, scale, eps, unit)
+
+
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y for x and y [n, t, c] and a gate [n, 1, c]."""
     if _serves(x):

@@ -17,6 +17,7 @@ from tintype.models.fused import (
     Readers,
     Rotation,
     attention,
+    gate_layer_norm_modulate,
     gate_residual,
     join_tokens,
     layer_norm_modulate,
@@ -69,10 +70,16 @@ class Modulation(nn.Module):
 
 
 def fed_forward(
-    x: Tensor, feed_forward: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor
+    x: Tensor,
+    branch: Tensor,
+    opened: Tensor,
+    feed_forward: FeedForward,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor,
 ) -> Tensor:
-    """x [n, t, c] plus what its feed-forward makes of it, gated."""
-    normed = layer_norm_modulate(x, shift, scale, feed_forward.readers)
+    """x [n, t, c] plus a branch gated by ``opened``, and that plus what its feed-forward makes of it, gated."""
+    x, normed = gate_layer_norm_modulate(x, branch, opened, shift, scale, feed_forward.readers)
     return gate_residual(x, feed_forward(normed), gate)
 
 

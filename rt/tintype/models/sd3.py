@@ -115,16 +115,15 @@ class _Block(nn.Module):
             told = layer_norm_modulate(text, text_shift, text_scale, self.attn.text_readers)
         normed = layer_norm_modulate(image, shift, scale, self.attn.readers)
         seen, heard = self.attn(normed, told)
-        attended = gate_residual(image, seen, gate)
         if hasattr(self, "attn2"):
             own_shift, own_scale, own_gate = of_feed_forward[3:]
             normed = layer_norm_modulate(image, own_shift, own_scale, self.attn2.readers)
-            own = self.attn2(normed)[0]
-            attended = gate_residual(attended, own, own_gate)
-        image = fed_forward(attended, self.ff, *of_feed_forward[:3])
+            image = gate_residual(image, seen, gate)
+            seen, gate = self.attn2(normed)[0], own_gate
+        image = fed_forward(image, seen, gate, self.ff, *of_feed_forward[:3])
         if self.last:
             return image, None
-        return image, fed_forward(gate_residual(text, heard, text_gate), self.ff_context, *of_text)
+        return image, fed_forward(text, heard, text_gate, self.ff_context, *of_text)
 
 
 class SD3Transformer(nn.Module):

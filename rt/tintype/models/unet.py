@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tintype.models.config import from_json, per_level
-from tintype.models.fused import Readers, attention, geglu, group_norm, layer_norm, pointwise
+from tintype.models.fused import (
+    Readers,
+    add_layer_norm,
+    attention,
+    geglu,
+    group_norm,
+    layer_norm,
+    pointwise,
+)
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
@@ -142,9 +150,11 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(layer_norm(self.norm1, x, self.attn1.readers(alone=True)))
-        x = x + self.attn2(layer_norm(self.norm2, x, self.attn2.readers(alone=False)), context)
-        return x + self.ff(layer_norm(self.norm3, x, self.ff.readers))
+        normed = layer_norm(self.norm1, x, self.attn1.readers(alone=True))
+        readers = self.attn2.readers(alone=False)
+        x, normed = add_layer_norm(self.norm2, x, self.attn1(normed), readers)
+        x, normed = add_layer_norm(self.norm3, x, self.attn2(normed, context), self.ff.readers)
+        return x + self.ff(normed)
 
 
 class SpatialTransformer(nn.Module):
