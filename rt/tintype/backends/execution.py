@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,29 +42,37 @@ def check_execution(execution: str, device: torch.device, *, offloaded: bool, sl
 
 
 def prepared(stage: Stage, execution: str, device: torch.device) -> Call:
-    """What runs the stage; static shapes each have their own code and, on CUDA, their own graph."""
+    """What runs the stage; static shapes each have their own code and, on CUDA, their own graphs."""
     if execution == "eager":
         return stage
-    call: Call = stage
-    if execution == "compiled":
-        call = torch.compile(stage, mode="max-autotune-no-cudagraphs", dynamic=False)
+    if execution == "graph":
+        return Replayed(stage, stage)
+    call: Call = torch.compile(stage, mode="max-autotune-no-cudagraphs", dynamic=False)
     return Replayed(call) if device.type == "cuda" else call
 
 
 class Replayed:
-    """A call captured in a CUDA graph at each set of shapes that it meets; threads take turns."""
+    """A call captured in a CUDA graph at each set of shapes that it meets; threads take turns.
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._captures: dict[tuple[torch.Size, ...], _Capture] = {}
+    Of a stage that remembers, what it remembers has a graph of its own, replayed where a picture tells other things.
+    """
+
+    def __init__(self, call: Call, stage: Stage | None = None) -> None:
+        self._call, self._stage = call, stage
+        self._captures: dict[tuple[torch.Size, ...], _Capture | _Remembering] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = tuple(tensor.shape for tensor in inputs)
         with self._lock:
             if shapes not in self._captures:
-                self._captures[shapes] = _Capture(self._call, inputs)
+                self._captures[shapes] = self._captured(inputs)
             return self._captures[shapes].replay(inputs)
+
+    def _captured(self, inputs: Sequence[Tensor]) -> _Capture | _Remembering:
+        if self._stage is not None and self._stage.remembers:
+            return _Remembering(self._stage, inputs)
+        return _Capture(self._call, inputs)
 
 
 @contextmanager
@@ -92,11 +101,43 @@ class _Capture:
             torch.cuda.current_stream().wait_stream(aside)
             with torch.cuda.graph(self._graph):
                 outputs = call(*self._inputs)
-        self._outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
 
-    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The outputs, copied out before the next replay writes over them."""
+    def run(self, inputs: Sequence[Tensor]) -> None:
+        """Write the outputs anew."""
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         self._graph.replay()
-        return tuple(output.clone() for output in self._outputs)
+
+    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs, copied out before the next replay writes over them."""
+        self.run(inputs)
+        return tuple(output.clone() for output in self.outputs)
+
+
+class _Remembering:
+    """A stage in two graphs: what it remembers lies where the graph of each step reads it."""
+
+    def __init__(self, stage: Stage, inputs: Sequence[Tensor]) -> None:
+        self._changing = stage.changing
+        changing, told = inputs[: self._changing], inputs[self._changing :]
+        self._told: list[tuple[Tensor, int]] = []
+        self._remember = _Capture(stage.remember, told)
+        self._tell(told)
+        self._recall = _Capture(partial(stage.recall, self._remember.outputs), changing)
+
+    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self._tell(inputs[self._changing :])
+        return self._recall.replay(inputs[: self._changing])
+
+    def _tell(self, told: Sequence[Tensor]) -> None:
+        if not self._is_known(told):
+            self._remember.run(told)
+            self._told = [(tensor, tensor._version) for tensor in told if not tensor.is_inference()]
+
+    def _is_known(self, told: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors that were told last, unchanged; inference tensors do not say."""
+        return len(told) == len(self._told) and all(
+            given is known and given._version == version
+            for given, (known, version) in zip(told, self._told, strict=True)
+        )

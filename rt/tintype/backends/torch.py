@@ -32,6 +32,7 @@ from tintype.models.stages import (
     stage_names,
     step_stage,
 )
+from tintype.models.unet import Attention
 
 _DTYPES = {
     "float32": torch.float32,
@@ -251,8 +252,16 @@ class TorchBackend:
                 self.device.type == "cuda"
             ):  # tensor cores convolve channels-last; the weights' layout spreads
                 loaded = loaded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self._components[name, dtype] = self._rounded(name, loaded)
+            self._components[name, dtype] = self._stacked(self._rounded(name, loaded))
         return self._components[name, dtype]
+
+    def _stacked(self, component: nn.Module) -> nn.Module:
+        """The component, in which a GPU finds what it multiplies at once in one place, unless weights move."""
+        if self.device.type == "cuda" and self._offload is None:
+            for module in component.modules():
+                if isinstance(module, Attention):
+                    module.stack()
+        return component
 
     def _waiting_type(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a component's weights wait in: as they are stored, unless they change or would be wider than needed."""
@@ -274,6 +283,8 @@ def _in_parts(
     run_rows: RunRows, stage: str, tensors: list[Tensor], size: int
 ) -> list[tuple[Tensor, ...]]:
     rows = len(tensors[0])
+    if size >= rows:  # the very tensors, by which a graph knows what it was told
+        return [run_rows(stage, tensors)]
     return [run_rows(stage, [t[i : i + size] for t in tensors]) for i in range(0, rows, size)]
 
 

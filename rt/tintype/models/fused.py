@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tintype.models.stacked import is_stack_of
 from tintype_kernels.scheduler_step import Row, reference
 
 if TYPE_CHECKING:
@@ -74,6 +75,15 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     added = conv.bias if bias is None else conv.bias + bias
     tokens = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), added)
     return tokens.permute(0, 3, 1, 2)
+
+
+def linears(
+    layers: Sequence[nn.Module], x: Tensor | QuantizedRows, stacked: nn.Module | None
+) -> Sequence[Tensor]:
+    """What each of several layers makes of x [n, t, c]; on GPUs by the layer that stacks them, where there is one."""
+    if stacked is not None and _may_stack(layers, x) and is_stack_of(stacked, layers):
+        return stacked(x).chunk(len(layers), dim=-1)
+    return [layer(x) for layer in layers]
 
 
 def join_tokens(first: Tensor, second: Tensor) -> Tensor:
@@ -278,6 +288,14 @@ def _is_plain(layer: nn.Module, kind: type[nn.Module], x: Any) -> bool:
     known = type(layer) is kind and layer.bias is not None and not watched
     inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return known and inference and isinstance(x, Tensor) and x.element_size() == 2 and _serves(x)
+
+
+def _may_stack(layers: Sequence[nn.Module], x: Tensor | QuantizedRows) -> bool:
+    """Whether a GPU may do what layers do in one of another's: nobody watches or asks for a gradient."""
+    watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    if watched or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return _serves(x if isinstance(x, Tensor) else x.codes)
 
 
 def _codes_for(x: Tensor, readers: Readers) -> str:

@@ -20,6 +20,7 @@ joins what they give. Latents are scaled to the unit variance that the denoiser 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,15 +35,31 @@ from tintype.models.t5 import T5Encoder
 from tintype.models.unet import UNet
 
 Hidden = Literal["last", "penultimate"]
+# Of latents and times: the model's output, and the unconditional one where it is guided.
+Outputs = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 _ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
 STEPS = {"step": False, "guided_step": True}
 
 
 class Stage(nn.Module):
-    """A pure function of named arrays; ``inputs`` and ``outputs`` are the names in the order of ``forward``."""
+    """A pure function of named arrays; ``inputs`` and ``outputs`` are the names in the order of ``forward``.
+
+    A stage that ``remembers`` also goes in two: `remember`, of what it is told behind its first ``changing`` inputs and
+    is the same at every step of a picture, and `recall`, of what that gives and of the changing ones.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    remembers: bool = False
+    changing: int = 0
+
+    def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError(f"{type(self).__name__} does not remember")
+
+    def recall(
+        self, remembered: tuple[Tensor, ...], *changing: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        raise NotImplementedError(f"{type(self).__name__} does not remember")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +93,7 @@ class DenoiseStage(Stage):
     """Noisy latents, time and text -> the model's prediction of noise, velocity or image."""
 
     outputs = ("model_output",)
+    remembers, changing = True, 2
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -93,12 +111,23 @@ class DenoiseStage(Stage):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        dtype = self.dtype
-        # Times and sizes stay float32: half precision cannot hold every integer above 2048.
-        pooled = None if text_embeds is None else text_embeds.to(dtype)
-        return self.unet(
-            sample.to(dtype), timestep, encoder_hidden_states.to(dtype), pooled, time_ids
-        ).float()
+        told = self._told(encoder_hidden_states, text_embeds)
+        return self.unet(sample.to(self.dtype), timestep, *told, time_ids).float()
+
+    def remember(
+        self,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        return self.unet.remember(*self._told(encoder_hidden_states, text_embeds), time_ids)
+
+    def recall(self, remembered: tuple[Tensor, ...], sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.unet.recall(remembered, sample.to(self.dtype), timestep).float()
+
+    def _told(self, hidden: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """In the weights' type; times and sizes stay float32, as half precision lacks integers above 2048."""
+        return hidden.to(self.dtype), None if pooled is None else pooled.to(self.dtype)
 
 
 class T5EncodeStage(Stage):
@@ -150,6 +179,7 @@ class StepStage(Stage):
     """
 
     outputs = ("next_sample", "next_history")
+    changing = 4
 
     def __init__(self, denoise: Stage, *, guided: bool) -> None:
         super().__init__()
@@ -159,29 +189,66 @@ class StepStage(Stage):
         _, _, *told = denoise.inputs
         self.inputs = ("sample", "history", "row", "noise", *told)
 
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return self.denoise.remembers and not self.apart
+
     def forward(
         self, sample: Tensor, history: Tensor, row: Tensor, noise: Tensor, *told: Tensor
     ) -> tuple[Tensor, Tensor]:
+        return self._stepped(sample, history, row, noise, partial(self._outputs, told))
+
+    def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
+        return self.denoise.remember(*(_both(told) if self.guided else told))
+
+    def recall(
+        self,
+        remembered: tuple[Tensor, ...],
+        sample: Tensor,
+        history: Tensor,
+        row: Tensor,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        recall = partial(self.denoise.recall, remembered)
+        outputs = partial(_both_outputs, recall) if self.guided else partial(_output, recall)
+        return self._stepped(sample, history, row, noise, outputs)
+
+    def _stepped(
+        self, sample: Tensor, history: Tensor, row: Tensor, noise: Tensor, outputs: Outputs
+    ) -> tuple[Tensor, Tensor]:
         time, c_in = row[:, 0], row[:, 1, None, None, None]
-        output, plain = self._outputs(c_in * sample, time, told)
+        output, plain = outputs(c_in * sample, time)
         stepped, kept = scheduler_step(sample, output, plain, history.unbind(1), row[:, 2:], noise)
         return stepped, torch.cat([kept[:, None], history[:, :-1]], dim=1)
 
     def _outputs(
-        self, seen: Tensor, time: Tensor, told: tuple[Tensor, ...]
+        self, told: tuple[Tensor, ...], seen: Tensor, time: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The model's output, and the unconditional one where it is guided."""
         if not self.guided:
-            return self.denoise(seen, time, *told), None
-        if self.apart:
-            plain, output = (
-                self.denoise(seen, time, *(pair[:, which] for pair in told)) for which in (0, 1)
-            )
-            return output, plain
-        rows = [pair.transpose(0, 1).flatten(0, 1) for pair in told]
-        both = self.denoise(torch.cat([seen, seen]), torch.cat([time, time]), *rows)
-        plain, output = both.chunk(2)
+            return _output(lambda *given: self.denoise(*given, *told), seen, time)
+        if not self.apart:
+            rows = _both(told)
+            return _both_outputs(lambda *given: self.denoise(*given, *rows), seen, time)
+        plain, output = (
+            self.denoise(seen, time, *(pair[:, which] for pair in told)) for which in (0, 1)
+        )
         return output, plain
+
+
+def _both(told: tuple[Tensor, ...]) -> list[Tensor]:
+    """Pairs [n, 2, ...] as rows [2n, ...], the unconditional ones first."""
+    return [pair.transpose(0, 1).flatten(0, 1) for pair in told]
+
+
+def _output(denoise: Callable[..., Tensor], seen: Tensor, time: Tensor) -> tuple[Tensor, None]:
+    return denoise(seen, time), None
+
+
+def _both_outputs(
+    denoise: Callable[..., Tensor], seen: Tensor, time: Tensor
+) -> tuple[Tensor, Tensor]:
+    plain, output = denoise(torch.cat([seen, seen]), torch.cat([time, time])).chunk(2)
+    return output, plain
 
 
 class DecodeStage(Stage):

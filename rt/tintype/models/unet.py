@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from tintype.models.fused import (
     geglu,
     group_norm,
     layer_norm,
+    linears,
     pointwise,
 )
 from tintype.models.layers import (
@@ -33,9 +35,15 @@ from tintype.models.layers import (
     split_heads,
     tokens_to_image,
 )
+from tintype.models.stacked import stack
 
 if TYPE_CHECKING:
     from tintype_kernels import QuantizedRows
+
+# keys and values [n, heads, k, dim]
+KeysAndValues = tuple[Tensor, Tensor]
+# What attention is over: a text [n, k, d], or what each attention that is over it remembers of it.
+Context = Tensor | Mapping["Attention", KeysAndValues]
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
@@ -85,7 +93,8 @@ class UNetConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [n, q, c] over context [n, k, d] (over x itself when None)."""
+    """Multi-head attention of x [n, q, c] over context [n, k, d] (over x itself when None), or over what it remembers
+    of one."""
 
     def __init__(self, channels: int, context_channels: int, heads: int) -> None:
         super().__init__()
@@ -94,17 +103,32 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self._stacked: tuple[nn.Module | None] = (None,)  # hidden from what looks for modules
+
+    @property
+    def _asking(self) -> Readers:
+        return [self.to_q, self.to_k, self.to_v]
+
+    def stack(self) -> None:
+        """Lay queries', keys' and values' weights one behind the other, for inference to multiply at once."""
+        self._stacked = (stack(self._asking),)
+
+    def remember(self, context: Tensor) -> KeysAndValues:
+        """Keys and values [n, heads, k, dim] of a context [n, k, d]."""
+        k, v = (split_heads(layer(context), self.heads) for layer in (self.to_k, self.to_v))
+        return k, v
 
     def readers(self, *, alone: bool) -> Readers:
         """The layers that x goes to, alone or beside a context."""
-        return [self.to_q, self.to_k, self.to_v] if alone else [self.to_q]
+        return self._asking if alone else [self.to_q]
 
-    def forward(self, x: Tensor | QuantizedRows, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            split_heads(t, self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+    def forward(self, x: Tensor | QuantizedRows, context: Context | None = None) -> Tensor:
+        if context is None:
+            parts = linears(self._asking, x, self._stacked[0])
+            q, k, v = (split_heads(part, self.heads) for part in parts)
+        else:
+            q = split_heads(self.to_q(x), self.heads)
+            k, v = self.remember(context) if isinstance(context, Tensor) else context[self]
         return self.to_out[0](merge_heads(attention(q, k, v)))
 
 
@@ -149,7 +173,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         normed = layer_norm(self.norm1, x, self.attn1.readers(alone=True))
         readers = self.attn2.readers(alone=False)
         x, normed = add_layer_norm(self.norm2, x, self.attn1(normed), readers)
@@ -172,7 +196,7 @@ class SpatialTransformer(nn.Module):
             [TransformerBlock(channels, config.cross_attention_dim, heads) for _ in range(depth)]
         )
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         height, width = x.shape[-2:]
         h = group_norm(self.norm, x)
         tokens = (
@@ -210,7 +234,7 @@ class _Level(nn.Module):
                 SpatialTransformer(config, o, heads, depth) for _, o in widths
             )
 
-    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if hasattr(self, "attentions") else x
 
@@ -225,7 +249,7 @@ class DownLevel(_Level):
         if not last:
             self.downsamplers = nn.ModuleList([Downsample(widths[-1][1], one_sided=False)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
         outputs: list[Tensor] = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, context)
@@ -253,7 +277,7 @@ class MidLevel(nn.Module):
         )
         self.attentions = nn.ModuleList([SpatialTransformer(config, channels, heads, depth)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
 
 
@@ -267,7 +291,7 @@ class UpLevel(_Level):
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
         if hasattr(self, "upsamplers"):
@@ -335,37 +359,62 @@ class UNet(nn.Module):
 
         SDXL also takes text_embeds [n, p] (pooled text) and time_ids [n, 6] (sizes and crop).
         """
-        time = self._time_embedding(timestep, sample.dtype, text_embeds, time_ids)
+        added = self._added_embedding(text_embeds, time_ids, sample.dtype)
+        return self._denoised(sample, timestep, encoder_hidden_states, added)
+
+    def remember(
+        self,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What is the same at every step of a picture: each cross-attention's keys and values, and what SDXL adds."""
+        pairs = [attention.remember(encoder_hidden_states) for attention in self._crossing()]
+        added = self._added_embedding(text_embeds, time_ids, encoder_hidden_states.dtype)
+        return (*chain.from_iterable(pairs), *([] if added is None else [added]))
+
+    def recall(self, remembered: tuple[Tensor, ...], sample: Tensor, timestep: Tensor) -> Tensor:
+        """`forward` of the sample and the timestep with what was remembered."""
+        crossing = self._crossing()
+        count = 2 * len(crossing)
+        pairs = zip(remembered[:count:2], remembered[1:count:2], strict=True)
+        context = dict(zip(crossing, pairs, strict=True))
+        return self._denoised(sample, timestep, context, next(iter(remembered[count:]), None))
+
+    def _crossing(self) -> list[Attention]:
+        return [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
+
+    def _denoised(
+        self, sample: Tensor, timestep: Tensor, context: Context, added: Tensor | None
+    ) -> Tensor:
+        channels = self.config.block_out_channels[0]
+        time = self.time_embedding(self._waves(timestep, channels).to(sample.dtype))
+        time = time if added is None else time + added
         x = self.conv_in(sample)
         skips = [x]
         for down in self.down_blocks:
-            skips += down(skips[-1], time, encoder_hidden_states)
-        x = self.mid_block(skips[-1], time, encoder_hidden_states)
+            skips += down(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)
         for up in self.up_blocks:
-            x = up(x, skips, time, encoder_hidden_states)
+            x = up(x, skips, time, context)
         return self.conv_out(group_norm(self.conv_norm_out, x, silu=True))
 
-    def _time_embedding(
-        self,
-        timestep: Tensor,
-        dtype: torch.dtype,
-        text_embeds: Tensor | None,
-        time_ids: Tensor | None,
-    ) -> Tensor:
+    def _added_embedding(
+        self, text_embeds: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """What SDXL adds to the embedding of times: of pooled text, sizes and crop."""
         config = self.config
-
-        def waves(t: Tensor, channels: int) -> Tensor:
-            return sinusoidal_embedding(
-                t, channels, cos_first=config.flip_sin_to_cos, shift=config.freq_shift
-            )
-
-        time = self.time_embedding(waves(timestep, config.block_out_channels[0]).to(dtype))
         if config.addition_embed_type != "text_time":
-            return time
+            return None
         assert text_embeds is not None
         assert time_ids is not None
         assert config.addition_time_embed_dim is not None
-        ids = waves(time_ids.flatten(), config.addition_time_embed_dim).reshape(len(time_ids), -1)
-        return time + self.add_embedding(
-            torch.cat([text_embeds, ids.to(text_embeds.dtype)], dim=-1).to(dtype)
+        ids = self._waves(time_ids.flatten(), config.addition_time_embed_dim)
+        ids = ids.reshape(len(time_ids), -1).to(text_embeds.dtype)
+        return self.add_embedding(torch.cat([text_embeds, ids], dim=-1).to(dtype))
+
+    def _waves(self, t: Tensor, channels: int) -> Tensor:
+        config = self.config
+        return sinusoidal_embedding(
+            t, channels, cos_first=config.flip_sin_to_cos, shift=config.freq_shift
         )

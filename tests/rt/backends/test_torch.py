@@ -22,6 +22,7 @@ from tintype.checkpoints import open_checkpoint
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.loading import BOX
 from tintype.models.quantised import QuantisedLinear
+from tintype_export.profiles import example_inputs
 from tolerances import MODULE_FP16, MODULE_FP32, relative_error
 
 Saved = Callable[[str], Path]
@@ -214,22 +215,28 @@ class PlayedGraph:
             own.copy_(new)
 
 
-def test_a_replayed_call_takes_new_inputs_and_keeps_what_it_gave(monkeypatch) -> None:
-    """The capture itself needs a GPU; what surrounds it is the same on any device."""
-    captured = []
+@pytest.fixture
+def captured(monkeypatch) -> list[PlayedGraph]:
+    """The graphs in the order of their capture, which needs a GPU; what surrounds it is the same on any device."""
+    graphs = []
 
     def capture(self, call, inputs):
         self._inputs = [tensor.clone() for tensor in inputs]
-        self._outputs = call(*self._inputs)
+        outputs = call(*self._inputs)
+        self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         self._graph = PlayedGraph()
         self._graph.call, self._graph.inputs, self._graph.outputs = (
             call,
             self._inputs,
-            self._outputs,
+            self.outputs,
         )
-        captured.append(self._graph)
+        graphs.append(self._graph)
 
     monkeypatch.setattr(execution._Capture, "__init__", capture)
+    return graphs
+
+
+def test_a_replayed_call_takes_new_inputs_and_keeps_what_it_gave(captured) -> None:
     replayed = execution.Replayed(lambda x, y: (x + y, x * y))
     first = replayed(torch.ones(2), torch.full((2,), 3.0))
     second = replayed(torch.full((2,), 5.0), torch.full((2,), 2.0))
@@ -237,6 +244,40 @@ def test_a_replayed_call_takes_new_inputs_and_keeps_what_it_gave(monkeypatch) ->
     assert [t.tolist() for t in second] == [[7, 7], [10, 10]]
     assert [graph.replays for graph in captured] == [2]
     replayed(torch.ones(3), torch.ones(3))
+    assert len(captured) == 2
+
+
+@pytest.mark.parametrize("stage", ["denoise", "step", "guided_step"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_what_a_picture_tells_is_worked_out_once_for_all_its_steps(
+    saved: Saved, captured, family, stage
+) -> None:
+    checkpoint = open_checkpoint(saved(family))
+    module = TorchBackend(checkpoint).module(stage)
+
+    def told_and_changing(seed):
+        given = example_inputs(checkpoint, module.inputs, stage, "32x32", seed=seed)
+        tensors = [torch.from_numpy(given[name]) for name in module.inputs]
+        return tensors[: module.changing], tensors[module.changing :]
+
+    (first, told), (second, others) = told_and_changing(0), told_and_changing(1)
+    replayed = execution.prepared(module, "graph", torch.device("cuda"))
+    with torch.inference_mode():
+        for changing, pairs, tellings in (
+            (first, told, 1),
+            (second, told, 1),
+            (second, others, 2),
+            (first, [t.clone() for t in others], 3),  # inference tensors do not say if they changed
+            (first, told, 4),
+        ):
+            expected = module(*changing, *pairs)
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            for found, right in zip(replayed(*changing, *pairs), expected, strict=True):
+                assert relative_error(found, right) < 1e-5
+            assert captured[0].replays == tellings
+        told[0] *= 2
+        replayed(*first, *told)
+        assert captured[0].replays == 5
     assert len(captured) == 2
 
 
