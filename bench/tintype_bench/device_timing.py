@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,12 +39,18 @@ def _wall(call: Callable[[], Any]) -> float:
 
 
 def copy_bandwidth(device: str, runs: int) -> float:
-    """Bytes a second, read and written, from one large tensor to another: the limit that others are held to.
+    """Bytes a second, read and written, from one large tensor to another: the limit that others are held to."""
+    moved = 2 * (COPY_BYTES if device == "cuda" else COPY_BYTES // 32)
+    return moved / (copy_microseconds(moved, device, runs) * 1e-6)
+
+
+@cache
+def copy_microseconds(moved: int, device: str, runs: int) -> float:
+    """What reading and writing as many bytes takes together, so timed, launch and latencies included.
 
     Of the library's copy and of a kernel that reads and writes as much the faster one: a copy in a graph of an H200
     was seen at 2.8 TB/s, and kernels beyond it.
     """
-    count = COPY_BYTES if device == "cuda" else COPY_BYTES // 32
-    source, target = (torch.ones(count // 4, device=device) for _ in range(2))
+    source, target = (torch.ones(max(1, moved // 8), device=device) for _ in range(2))
     ways = [lambda: target.copy_(source), lambda: torch.add(source, 1, out=target)]
-    return 2 * count / min(time_call(way, device, runs).median * 1e-6 for way in ways)
+    return min(time_call(way, device, runs).median for way in ways)

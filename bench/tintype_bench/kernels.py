@@ -3,9 +3,10 @@
 Forms: ours, in Triton, and beside libraries the one that was chosen by measurement, where `TINTYPE_AUTOTUNE` is set;
 PyTorch eager; `torch.compile(mode="max-autotune-no-cudagraphs")`; and the libraries that an op's file names in
 `LIBRARIES`. Each row says how far it is from the copy bandwidth that was measured first, counting each tensor once, and
-where the op's file has `flops`, how many TFLOP/s it reached. What the compiler makes is timed last: max-autotune takes
-longer over it than all the others take together. A status of 75 says that --time-limit came first; `--resume` goes on
-from the rows that are in --json.
+from the time in which as many bytes are copied, which small ones take longer for than by the bandwidth; and where the
+op's file has `flops`, how many TFLOP/s it reached. What the compiler makes is timed last: max-autotune takes longer
+over it than all the others take together. A status of 75 says that --time-limit came first; `--resume` goes on from the
+rows that are in --json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tintype_bench.conditions import conditions
-from tintype_bench.device_timing import copy_bandwidth, time_call
+from tintype_bench.device_timing import copy_bandwidth, copy_microseconds, time_call
 from tintype_bench.micro import benchmarks
 from tintype_kernels.ahead_of_time import op_modules
 from tintype_kernels.dispatch import VARIABLE, KernelUnavailable
@@ -146,6 +147,9 @@ def _timed(
         "microseconds": asdict(found),
         "gigabytes_per_second": moved / seconds / 1e9,
         "percent_of_copy": 100 * moved / seconds / bandwidth,
+        "percent_of_equal_copy": 100
+        * copy_microseconds(moved, options.device, options.runs)
+        / found.median,
     }
     if hasattr(module, "flops"):
         row["teraflops"] = module.flops(**arguments) / seconds / 1e12
@@ -167,7 +171,8 @@ def line(row: Row) -> str:
         return f"{start} {'':26} {row['gigabytes_per_second']:8.0f} GB/s"
     lower, median, upper = (row["microseconds"][name] for name in ("lower", "median", "upper"))
     text = f"{start} {median:9.1f} us [{lower:.1f}, {upper:.1f}]"
-    speeds = f"{row['gigabytes_per_second']:7.0f} GB/s {row['percent_of_copy']:5.1f}%"
+    shares = f"{row['percent_of_copy']:5.1f}% {row['percent_of_equal_copy']:5.1f}%"
+    speeds = f"{row['gigabytes_per_second']:7.0f} GB/s {shares}"
     return f"{text:115} {speeds} {row.get('teraflops', ''):.5}".rstrip()
 
 

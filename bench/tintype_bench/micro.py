@@ -23,7 +23,7 @@ def benchmarks(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any])
 def _benchmark(row: Mapping[str, Any]) -> dict[str, Any]:
     group = f"{row['op']}, {row['case']}, batch {row['batch']}, {row['dtype']}"
     name = f"{row['op']}[{row['form']}-{row['case']}-{row['batch']}-{row['dtype']}]"
-    further = ("gigabytes_per_second", "percent_of_copy", "teraflops")
+    further = ("gigabytes_per_second", "percent_of_copy", "percent_of_equal_copy", "teraflops")
     return {
         "group": group,
         "name": name,

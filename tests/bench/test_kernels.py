@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tintype_bench import cases, kernels
+from tintype_bench.device_timing import copy_microseconds
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--runs", "2", "--limit", "1"]
@@ -40,6 +41,8 @@ def test_every_form_has_a_row_with_its_share_of_the_bandwidth(tmp_path, monkeypa
             assert moved * seconds == pytest.approx(4096 * 3 * 1280 * 4)
         share = row["gigabytes_per_second"] / limit["gigabytes_per_second"]
         assert row["percent_of_copy"] == pytest.approx(100 * share)
+        copied = copy_microseconds(round(moved * seconds), "cpu", 2)
+        assert row["percent_of_equal_copy"] == pytest.approx(100 * copied / times["median"])
 
 
 def test_a_run_that_is_cut_short_goes_on_and_compiles_last(tmp_path, monkeypatch):
