@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tintype.models.fused import convolved_apart, group_norm, pointwise
+from tintype.models.fused import convolved_apart, enlarged, group_norm, pointwise
 
 
 class ResnetBlock(nn.Module):
@@ -66,7 +66,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None:
             size = (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(enlarged(x, size))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

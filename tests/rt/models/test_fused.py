@@ -179,6 +179,13 @@ def test_what_libraries_do_in_one_pass_is_what_the_layers_do(model, monkeypatch)
         assert relative_error(found, module(*inputs)) < 1e-5
 
 
+@pytest.mark.usefixtures("ops_called")
+@pytest.mark.parametrize("size", [(12, 10), (13, 10), (6, 5)])
+def test_pictures_are_enlarged_to_the_nearest_pixels_also_by_copies(size):
+    x = torch.randn(2, 3, 6, 5).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(fused.enlarged(x, size), F.interpolate(x, size=size, mode="nearest"))
+
+
 @pytest.mark.usefixtures("libraries_of_gpus")
 @pytest.mark.parametrize("c_out", [16, 24])
 def test_a_residual_block_without_times_adds_each_bias_once(c_out, monkeypatch):
