@@ -40,3 +40,11 @@ def test_a_second_picture_from_the_same_graph_is_another_one():
     first, second, again = (pipe(PROMPT, **{**REQUEST, "seed": s}).images for s in (3, 4, 3))
     assert psnr(first, again) > LEAST_DB["fp32"]
     assert psnr(first, second) < LEAST_DB["int8"]
+
+
+def test_a_second_text_to_the_same_graph_is_not_forgotten():
+    pipe = tintype.load(BOX / "postcard", backend="torch", device="cuda", execution="graph")
+    prompts = (PROMPT, "a green field under a blue sky", PROMPT)
+    first, second, again = (pipe(prompt, **REQUEST).images for prompt in prompts)
+    assert psnr(first, again) > LEAST_DB["fp32"]
+    assert psnr(first, second) < LEAST_DB["int8"]
