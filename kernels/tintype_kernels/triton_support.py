@@ -63,6 +63,14 @@ def nearest_int8(x):  # noqa: ANN001, ANN201
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+def arch_of(x: Any) -> int:
+    """The architecture of a tensor's GPU, such as 90; 0 of a tensor whose kernels are interpreted."""
+    if x.device.type == "cpu":
+        return 0
+    target = importlib.import_module("triton.runtime").driver.active.get_current_target()
+    return int(target.arch)
+
+
 def ceil_div(count: int, size: int) -> int:
     """How many pieces of `size` hold `count`."""
     return -(-count // size)

@@ -18,9 +18,9 @@ from tintype_kernels.ops.quantised_rows import (
     plain_rows,
     store_quantized,
 )
-from tintype_kernels.ops.row_parts import columns, inside, row_parts
+from tintype_kernels.ops.row_parts import columns, inside, light_row_parts
 from tintype_kernels.torch_op import check, describe, public, unit_stride
-from tintype_kernels.triton_support import ceil_div, jit, tl, widen
+from tintype_kernels.triton_support import arch_of, ceil_div, jit, tl, widen
 
 
 def reference(
@@ -66,7 +66,7 @@ def write_quantized(
     rows = unit_stride(x.reshape(-1, x.shape[-1]))
     others = rows if before is None else unit_stride(before.reshape(-1, before.shape[-1]))
     first = 0 if before is None else others.shape[1]
-    tile = row_parts(first + x.shape[-1])
+    tile = light_row_parts(first + x.shape[-1], arch_of(x))
     _kernel[(ceil_div(len(rows), tile["ROWS"]),)](
         rows, others, codes, scales, *rows.shape, first, rows.stride(0), others.stride(0),
         LIMIT=LARGEST[codes.dtype], ACTIVATION=activation, **tile,

@@ -6,7 +6,6 @@ it has the same bits in any batch. float32 is computed exactly, without tensor c
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tintype_kernels.torch_op import wide_type
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl
+from tintype_kernels.triton_support import arch_of, ceil_div, jit, power_of_two, tl
 
 LOG2_E = math.log2(math.e)
 
@@ -236,13 +235,6 @@ _SHARED_MEMORY_BLOCKS = {
 _SHARED_MEMORY_ARCHS = (90, 100, 103)
 _FLOAT32_BLOCK = (32, 32, 4, 1)
 WIDEST = 160
-
-
-def arch_of(q: Tensor) -> int:
-    if q.device.type == "cpu":  # is interpreted
-        return 0
-    target = importlib.import_module("triton.runtime").driver.active.get_current_target()
-    return int(target.arch)
 
 
 def launch_options(kernel: str, q: Tensor) -> dict[str, int]:

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from tintype_kernels.ops.attention_forward import (
     LOG2_E,
-    arch_of,
     empty_outputs,
     head_of,
     settle,
     soften,
     strided,
 )
-from tintype_kernels.triton_support import ceil_div, jit, set_allocator, tl
+from tintype_kernels.triton_support import arch_of, ceil_div, jit, set_allocator, tl
 
 
 @jit

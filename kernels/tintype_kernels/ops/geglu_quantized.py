@@ -17,9 +17,9 @@ from tintype_kernels.ops.quantised_rows import (
     plain_rows,
     store_quantized,
 )
-from tintype_kernels.ops.row_parts import columns, inside, row_parts
+from tintype_kernels.ops.row_parts import columns, inside, light_row_parts
 from tintype_kernels.torch_op import public
-from tintype_kernels.triton_support import ceil_div, jit, normal_below, tl
+from tintype_kernels.triton_support import arch_of, ceil_div, jit, normal_below, tl
 
 
 def reference(x: Tensor, scheme: str = "int8") -> QuantizedRows:
@@ -50,7 +50,7 @@ def _kernel(
 
 def _triton(codes: Tensor, scales: Tensor, x: Tensor) -> None:
     rows, c = plain.as_rows(x), codes.shape[-1]
-    tile = row_parts(c)
+    tile = light_row_parts(c, arch_of(x))
     _kernel[(ceil_div(len(rows), tile["ROWS"]),)](
         rows, codes, scales, len(rows), c, rows.stride(0), LIMIT=LARGEST[codes.dtype], **tile
     )

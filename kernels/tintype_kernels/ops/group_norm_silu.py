@@ -31,7 +31,7 @@ from tintype_kernels.triton_support import REGISTERS, ceil_div, power_of_two
 
 ON_CHIP = 16384  # elements of a group that a block of sixteen warps holds without a spill
 TILE = 4096  # elements that a block of four warps works on at a time
-BLOCKS = 512  # that a sample is to have at least: four reads under way in each multiprocessor of a large chip
+BLOCKS = 128  # that a sample is to have at least: one in each multiprocessor of a large chip
 PIECES = 8192  # pieces of a group that are merged by one block
 
 

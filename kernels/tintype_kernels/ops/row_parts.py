@@ -9,6 +9,7 @@ from __future__ import annotations
 from tintype_kernels.triton_support import REGISTERS, ceil_div, jit, power_of_two, tl
 
 _MOST = 5  # parts of a row
+_HOPPER = 90
 
 
 def part_width(n: int) -> int:
@@ -21,6 +22,22 @@ def row_parts(n: int) -> dict[str, int]:
     width = part_width(n)
     warps = min(max(4, width // 256), 16)
     return {"ROWS": max(1, 1024 // width), "WIDTH": width, "num_warps": warps, **REGISTERS}
+
+
+_HELD = 48  # elements of rows that a thread of Hopper holds beside little else in 64 registers
+
+
+def light_row_parts(n: int, arch: int) -> dict[str, int]:
+    """The same for a block that needs little beside its rows: half the registers let twice as many run at a time.
+
+    Other chips than Hopper would spill some.
+    """
+    width, tile = part_width(n), row_parts(n)
+    if arch != _HOPPER:
+        return tile
+    held = tile["ROWS"] * width * ceil_div(n, width)
+    warps = min(max(4, power_of_two(ceil_div(held, 32 * _HELD))), 16)
+    return {**tile, "num_warps": warps, "maxnreg": 64}
 
 
 @jit
