@@ -105,6 +105,18 @@ def _modulate(
     }
 
 
+def _biased(
+    n: int, c: int, h: int, w: int, *, beside: bool = False, channels_last: bool = True
+) -> Callable[[], Arguments]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def draw() -> Arguments:
+        x, residual = (normal(n, c, h, w).contiguous(memory_format=layout) for _ in "xr")
+        return {"x": x, "bias": normal(c), "residual": residual if beside else None}
+
+    return draw
+
+
 def _joined(b: int, t: int, c: int, *, gated: bool = True) -> Callable[[], Arguments]:
     return lambda: {
         **_gate(b, t, c)(),
@@ -164,6 +176,10 @@ SAMPLES = [
     Sample("residual_layer_norm", "rest", _joined(2, 11, 150), _ROWS),
     Sample("residual_layer_norm", "no gate", _joined(2, 5, 300, gated=False), _ROWS),
     Sample("residual_layer_norm", "wide", _joined(2, 3, 4100), _ROWS),
+    Sample("bias_residual", "NHWC", _biased(2, 300, 5, 7), _NORM),
+    Sample("bias_residual", "NHWC, skip", _biased(2, 3, 9, 11, beside=True), _NORM),
+    Sample("bias_residual", "NCHW, skip", _biased(3, 5, 17, 19, beside=True, channels_last=False), _NORM),
+    Sample("bias_residual", "one", _biased(1, 1, 1, 1, channels_last=False), _NORM),
     Sample("geglu", "rest", lambda: {"x": normal(2, 3, 2 * 1030, spread=2)}, _ROWS),
     Sample("geglu", "one row", lambda: {"x": normal(2 * 5)}, ()),
     Sample("qk_norm_rope", "rest", _rope(2, 5, 9, 40), ("q", "k")),

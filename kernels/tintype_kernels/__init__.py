@@ -13,6 +13,7 @@ from tintype_kernels.scheduler_step import NoiseKey, Row, scheduler_step
 if TYPE_CHECKING:
     from tintype_kernels.ops.activate_quantized import activate_quantized
     from tintype_kernels.ops.attention import attention
+    from tintype_kernels.ops.bias_residual import bias_residual
     from tintype_kernels.ops.fp8_linear import fp8_linear
     from tintype_kernels.ops.gate_residual import gate_residual
     from tintype_kernels.ops.geglu import geglu
@@ -37,6 +38,7 @@ _TENSOR_OPS = {
     "QuantizedRows": "quantised_rows",
     "activate_quantized": "activate_quantized",
     "attention": "attention",
+    "bias_residual": "bias_residual",
     "fp8_linear": "fp8_linear",
     "gate_residual": "gate_residual",
     "geglu": "geglu",
@@ -64,6 +66,7 @@ __all__ = [
     "Row",
     "activate_quantized",
     "attention",
+    "bias_residual",
     "fp8_linear",
     "gate_residual",
     "geglu",

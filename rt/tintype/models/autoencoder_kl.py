@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tintype.models.config import from_json
-from tintype.models.fused import attention, group_norm
+from tintype.models.fused import attention, convolved, group_norm
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = convolved(self.conv_in, x)
         for block in self.down_blocks:
             x = block(x)
         return self.conv_out(group_norm(self.conv_norm_out, self.mid_block(x), silu=True))
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+        x = self.mid_block(convolved(self.conv_in, x))
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(group_norm(self.conv_norm_out, x, silu=True))

@@ -64,6 +64,20 @@ def convolved_apart(conv: nn.Module, x: Tensor | QuantizedPictures) -> tuple[Ten
     return conv(x), None
 
 
+def convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """The convolution of x [n, c, h, w], bias included."""
+    return biased(*convolved_apart(conv, x))
+
+
+def biased(x: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
+    """x [n, c, h, w] plus what `convolved_apart` left to add, and the skip where there is one, in one pass."""
+    if bias is None:
+        return x if skip is None else x + skip
+    from tintype_kernels.ops.bias_residual import bias_residual
+
+    return bias_residual(x, bias, skip)
+
+
 def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution of x [n, c, h, w], plus another bias where there is one.
 

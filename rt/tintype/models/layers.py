@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tintype.models.fused import convolved_apart, enlarged, group_norm, pointwise
+from tintype.models.fused import biased, convolved, convolved_apart, enlarged, group_norm, pointwise
 
 
 class ResnetBlock(nn.Module):
@@ -30,10 +30,9 @@ class ResnetBlock(nn.Module):
         h, bias = convolved_apart(self.conv1, h)
         shift = _shift(None if time is None else self.time_emb_proj(F.silu(time)), bias, len(x))
         h = group_norm(self.norm2, h, silu=True, residual=shift, readers=[self.conv2])
+        h, bias = convolved_apart(self.conv2, h)  # what it read is free before the sum is made
         if not hasattr(self, "conv_shortcut"):
-            h = self.conv2(h)  # what it read is free before the sum is made
-            return h + x
-        h, bias = convolved_apart(self.conv2, h)
+            return biased(h, bias, x)
         return h + pointwise(self.conv_shortcut, x, bias)
 
 
@@ -53,7 +52,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+        return convolved(self.conv, F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
 
 
 class Upsample(nn.Module):
@@ -66,7 +65,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None:
             size = (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(enlarged(x, size))
+        return convolved(self.conv, enlarged(x, size))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

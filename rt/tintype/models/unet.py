@@ -18,6 +18,7 @@ from tintype.models.fused import (
     Readers,
     add_layer_norm,
     attention,
+    convolved,
     geglu,
     group_norm,
     layer_norm,
@@ -390,7 +391,7 @@ class UNet(nn.Module):
         channels = self.config.block_out_channels[0]
         time = self.time_embedding(self._waves(timestep, channels).to(sample.dtype))
         time = time if added is None else time + added
-        x = self.conv_in(sample)
+        x = convolved(self.conv_in, sample)
         skips = [x]
         for down in self.down_blocks:
             skips += down(skips[-1], time, context)
