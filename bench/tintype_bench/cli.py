@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.suite == "kernels":
         from tintype_bench import kernels
 
-        kernels.run_suite(options)
+        return kernels.run_suite(options)
     else:
         return _run_cases(options)
     return 0

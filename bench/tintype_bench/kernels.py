@@ -223,7 +223,7 @@ def _known(path: Path) -> list[Row]:
     return rows
 
 
-def run_suite(options: argparse.Namespace) -> None:
+def run_suite(options: argparse.Namespace) -> int:
     """The suite of `tintype bench`, by its options."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     small = ["--limit", "1", "--batch", "1"] if options.tiny else []
@@ -231,7 +231,9 @@ def run_suite(options: argparse.Namespace) -> None:
     runs = ["--runs", str(options.runs)] if options.runs else []
     only = ["--op", options.only] if options.only else []
     target = ["--json", str(options.json)] if options.json else []
-    main(["--device", device, *small, *runs, *only, *target])
+    limit = ["--time-limit", str(options.time_limit)] if options.time_limit is not None else []
+    resume = ["--resume"] if options.resume else []
+    return main(["--device", device, *small, *runs, *only, *target, *limit, *resume])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Which form of an op is the fastest for a shape on this GPU: measured once, and remembered on disk.
 
-With `TINTYPE_AUTOTUNE=1` the forms that can run are timed when an op first meets a shape; without it what was measured
-before is used, and Triton's form for the rest. `TINTYPE_KERNELS` overrides all of it. The batch is no part of a shape,
-so that a row has the same bits in any.
+Within `measuring`, as where a CUDA graph is to be captured, the forms that can run are timed when an op first meets a
+shape; elsewhere what was measured before is used, and an op's own default for the rest. `TINTYPE_AUTOTUNE=1` measures
+anywhere, and 0 nowhere. `TINTYPE_KERNELS` overrides all of it. The batch is no part of a shape, so that a row has the
+same bits in any.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +32,25 @@ VARIABLE = "TINTYPE_AUTOTUNE"
 _RUNS = 10
 Forms = Mapping[str, Callable[[], Any]]
 Timer = Callable[[Callable[[], Any]], float]  # milliseconds of a call
+
+
+_measuring = ContextVar("measuring", default=False)
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Time forms whose times are not known, within it: for calls that will be repeated often enough to pay."""
+    token = _measuring.set(True)
+    try:
+        yield
+    finally:
+        _measuring.reset(token)
+
+
+def measures() -> bool:
+    """Whether a form whose time is not known is timed now."""
+    asked = os.environ.get(VARIABLE, "")
+    return asked != "0" if asked else _measuring.get()
 
 
 class Choices:
@@ -70,7 +92,7 @@ def shape_class(op: str, arguments: tuple[Any, ...]) -> str:
 def on_gpu(op: str, tensor: Tensor, arguments: tuple[Any, ...], forms: Forms) -> str:
     """The fastest form for these arguments on the tensor's GPU, or nothing where that is not known."""
     capturing = torch.cuda.is_current_stream_capturing()
-    measure = os.environ.get(VARIABLE, "0") not in {"", "0"} and not capturing
+    measure = measures() and not capturing
     return _choices(tensor.device).fastest(shape_class(op, arguments), forms, measure=measure)
 
 

@@ -100,7 +100,8 @@ class TorchOp:
         if len(able) == 1:
             return able[0]
         forms = {name: partial(self.implementations[name], *arguments) for name in able}
-        return choice.on_gpu(self.name, tensor, arguments, forms) or self.unmeasured
+        known = choice.on_gpu(self.name, tensor, arguments, forms)
+        return known or (self.unmeasured if self.unmeasured in able else "")
 
     def _obstacle(self, name: str, tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if name not in self.implementations:

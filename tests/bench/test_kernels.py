@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tintype_bench import cases, kernels
+from tintype_bench import cases, cli, kernels
 from tintype_bench.device_timing import copy_microseconds
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,19 @@ def test_a_run_that_is_cut_short_goes_on_and_compiles_last(tmp_path, monkeypatch
         found.append((rows[-1]["op"], rows[-1]["form"]))
     plain = [(op, form) for op in ("gate_residual", "geglu") for form in ("ours", "eager")]
     assert found == [*plain, ("gate_residual", "compiled"), ("geglu", "compiled")]
+
+
+def test_the_suite_stops_in_time_and_goes_on_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_timed", lambda *_: {"failed": "not timed"})
+    path = tmp_path / "kernels.json"
+    command = ["--suite", "kernels", "--device", "cpu", "--tiny", "--runs", "1", "--only", "geglu"]
+    command += ["--json", str(path), "--time-limit", "0", "--resume"]
+    statuses, counts = [], []
+    while not statuses or statuses[-1] == 75:
+        statuses.append(cli.main(command))
+        counts.append(len(json.loads(path.read_text(encoding="utf-8"))["rows"]))
+    assert statuses[-1] == 0
+    assert counts[:3] == [1, 2, 3]
 
 
 def test_a_form_that_fails_says_so_and_the_others_go_on(monkeypatch, capsys):

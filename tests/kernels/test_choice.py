@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tintype_kernels import choice
 from tintype_kernels.choice import Choices, shape_class
 from tintype_kernels.dispatch import KernelUnavailable, select
+from tintype_kernels.ops.scaled_matmul import ROWS_FORWARD
 
 
 class Clock:
@@ -38,6 +42,31 @@ def test_nothing_is_measured_unless_asked_for(tmp_path):
     assert choices.fastest("key", clock.forms, measure=False) == ""
     assert not clock.asked
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variable", "within", "expected"),
+    [(None, True, True), (None, False, False), ("", True, True), ("1", False, True), ("0", True, False)],
+)  # fmt: skip
+def test_what_will_be_repeated_is_measured_unless_the_variable_says_otherwise(
+    variable, within, expected, monkeypatch
+):
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(choice.VARIABLE, variable)
+    with choice.measuring() if within else nullcontext():
+        assert choice.measures() is expected
+    assert not choice.measures() or variable == "1"
+
+
+@pytest.mark.parametrize(("obstacle", "expected"), [("", "library"), ("codes are int8", "")])
+def test_where_nothing_was_measured_an_op_has_its_default_if_that_can_run(
+    obstacle, expected, monkeypatch
+):
+    monkeypatch.setattr(choice, "on_gpu", lambda *_: "")
+    monkeypatch.setitem(ROWS_FORWARD.obstacles, "library", lambda *_: obstacle)
+    tensor = SimpleNamespace(device=torch.device("cuda"))
+    assert ROWS_FORWARD._fastest(["triton", "reference"], tensor, ()) == expected
 
 
 def test_of_the_forms_that_can_run_the_fastest_is_known_from_one_measurement(tmp_path):

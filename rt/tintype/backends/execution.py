@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tintype.errors import RequestError
 from tintype.models.stages import Stage
+from tintype_kernels.choice import measuring
 
 EXECUTIONS = ("eager", "compiled", "graph")
 _WARM_UPS = (
@@ -76,12 +77,14 @@ class Replayed:
 
 
 @contextmanager
-def _convolutions_tried_out() -> Iterator[None]:
-    """Within it cuDNN times its algorithms where it first meets a shape, which a graph repeats often enough to pay."""
+def _tried_out() -> Iterator[None]:
+    """Within it cuDNN times its algorithms, and ops their forms, where they first meet a shape: a graph repeats it
+    often enough to pay."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        yield
+        with measuring():
+            yield
     finally:
         torch.backends.cudnn.benchmark = before
 
@@ -94,7 +97,7 @@ class _Capture:
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         self._graph = torch.cuda.CUDAGraph()
-        with _convolutions_tried_out():
+        with _tried_out():
             with torch.cuda.stream(aside):
                 for _ in range(_WARM_UPS):
                     call(*self._inputs)
