@@ -181,9 +181,22 @@ def test_what_libraries_do_in_one_pass_is_what_the_layers_do(model, monkeypatch)
 
 @pytest.mark.usefixtures("ops_called")
 @pytest.mark.parametrize("size", [(12, 10), (13, 10), (6, 5)])
-def test_pictures_are_enlarged_to_the_nearest_pixels_also_by_copies(size):
-    x = torch.randn(2, 3, 6, 5).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(fused.enlarged(x, size), F.interpolate(x, size=size, mode="nearest"))
+@pytest.mark.parametrize("channels", [3, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_pictures_are_enlarged_to_the_nearest_pixels_also_by_copies(size, channels, dtype, layout):
+    x = torch.randn(2, channels, 6, 5).to(dtype).contiguous(memory_format=layout)
+    expected = F.interpolate(x, size=size, mode="nearest")
+    assert torch.equal(fused.enlarged(x, size), expected)
+    with torch.inference_mode():
+        assert torch.equal(fused.enlarged(x, size), expected)
+
+
+@pytest.mark.usefixtures("ops_called")
+def test_enlarging_by_copies_passes_gradients_back():
+    x = torch.randn(1, 8, 3, 2).requires_grad_()
+    fused.enlarged(x, (6, 4)).square().sum().backward()
+    assert torch.allclose(x.grad, 8 * x.detach())
 
 
 @pytest.mark.usefixtures("libraries_of_gpus")
