@@ -159,8 +159,13 @@ class TorchBackend:
         return dict(zip(module.outputs, outputs, strict=True))
 
     def fetch(self, placed: Tensor) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = placed.cpu().numpy()
-        return array
+        """On the host; of a GPU in pinned memory, which it writes faster and which is used again."""
+        if self._waits:
+            return placed.cpu().numpy()
+        host = torch.empty(placed.shape, dtype=placed.dtype, pin_memory=True)
+        host.copy_(placed, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return host.numpy()
 
     def _halved(self, stage: str, size: int, error: Exception) -> int:
         """Half as many rows at a time, from now on; an error where there is no half."""
