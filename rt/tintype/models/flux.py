@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tintype.models.config import from_json
-from tintype.models.fused import Rotation, gate_residual, layer_norm_modulate, linear_of_both
+from tintype.models.fused import Rotation, linear_of_both
 from tintype.models.joint import (
     Conditioning,
     FeedForward,
     JointAttention,
     Modulation,
     OutputNorm,
-    fed_forward,
+    Stream,
     rotation_at,
 )
 
@@ -68,17 +68,15 @@ class _Block(nn.Module):
         self.ff, self.ff_context = FeedForward(width), FeedForward(width)
 
     def forward(
-        self, image: Tensor, text: Tensor, conditioning: Tensor, rotation: Rotation
-    ) -> tuple[Tensor, Tensor]:
+        self, image: Stream, text: Stream, conditioning: Tensor, rotation: Rotation
+    ) -> tuple[Stream, Stream]:
         shift, scale, gate, *of_image = self.norm1(conditioning)
         text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
-        seen, heard = self.attn(
-            layer_norm_modulate(image, shift, scale, self.attn.readers),
-            layer_norm_modulate(text, text_shift, text_scale, self.attn.text_readers),
-            rotation,
-        )
-        image = fed_forward(image, seen, gate, self.ff, *of_image)
-        text = fed_forward(text, heard, text_gate, self.ff_context, *of_text)
+        image, seen = image.normed(shift, scale, self.attn.readers)
+        text, heard = text.normed(text_shift, text_scale, self.attn.text_readers)
+        seen, heard = self.attn(seen, heard, rotation)
+        image = Stream(image.tokens, seen, gate).fed_forward(self.ff, *of_image)
+        text = Stream(text.tokens, heard, text_gate).fed_forward(self.ff_context, *of_text)
         return image, _within_half(text)
 
 
@@ -93,17 +91,19 @@ class _SingleBlock(nn.Module):
         self.attn = JointAttention(width, config.num_attention_heads, qk_norm=True, output=False)
         self.proj_out = nn.Linear(5 * width, width)
 
-    def forward(self, x: Tensor, conditioning: Tensor, rotation: Rotation) -> Tensor:
+    def forward(self, stream: Stream, conditioning: Tensor, rotation: Rotation) -> Stream:
         shift, scale, gate = self.norm(conditioning)
-        normed = layer_norm_modulate(x, shift, scale, [*self.attn.readers, self.proj_mlp])
+        stream, normed = stream.normed(shift, scale, [*self.attn.readers, self.proj_mlp])
         attended, _ = self.attn(normed, rotation=rotation)
         update = linear_of_both(self.proj_out, attended, self.proj_mlp, normed)
-        return _within_half(gate_residual(x, update, gate))
+        return _within_half(Stream(stream.tokens, update, gate))
 
 
-def _within_half(x: Tensor) -> Tensor:
+def _within_half(stream: Stream) -> Stream:
     """The published model outgrows float16 in places; there its largest values are cut."""
-    return x.clamp(-_LARGEST_HALF, _LARGEST_HALF) if x.dtype == torch.float16 else x
+    if stream.tokens.dtype != torch.float16:
+        return stream
+    return Stream(stream.settled().clamp(-_LARGEST_HALF, _LARGEST_HALF))
 
 
 class FluxTransformer(nn.Module):
@@ -135,8 +135,10 @@ class FluxTransformer(nn.Module):
         """[n, c, h, w], [n] in 0..1000, [n, t, d], [n, p], [n] -> [n, c, h, w]; h and w are even."""
         height, width = sample.shape[-2:]
         conditioning = self.time_text_embed(timestep, pooled, guidance)
-        image, text = self.x_embedder(packed(sample)), self.context_embedder(encoder_hidden_states)
-        grid = (text.shape[1], height // _PATCH, width // _PATCH)
+        image = Stream(self.x_embedder(packed(sample)))
+        text = Stream(self.context_embedder(encoder_hidden_states))
+        words = encoder_hidden_states.shape[1]
+        grid = (words, height // _PATCH, width // _PATCH)
         # A picture's shape has one for all steps; a tracer's tensors must not be kept.
         traced = type(sample) is not Tensor or torch.compiler.is_compiling()
         rotation = (_rotation if traced else _kept_rotation)(
@@ -144,10 +146,10 @@ class FluxTransformer(nn.Module):
         )
         for block in self.transformer_blocks:
             image, text = block(image, text, conditioning, rotation)
-        both = torch.cat([text, image], dim=1)
+        both = Stream(torch.cat([text.settled(), image.settled()], dim=1))
         for block in self.single_transformer_blocks:
             both = block(both, conditioning, rotation)
-        image = both[:, text.shape[1] :]
+        image = Stream(both.settled()[:, words:])
         return unpacked(self.proj_out(self.norm_out(image, conditioning)), height, width)
 
 

@@ -5,7 +5,7 @@ Esser et al. 2024 (arXiv 2403.03206), section 4; adaptive layer norm: Peebles an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -69,18 +69,35 @@ class Modulation(nn.Module):
         return self.linear(F.silu(conditioning))[:, None].chunk(self.parts, dim=-1)
 
 
-def fed_forward(
-    x: Tensor,
-    branch: Tensor,
-    opened: Tensor,
-    feed_forward: FeedForward,
-    shift: Tensor,
-    scale: Tensor,
-    gate: Tensor,
-) -> Tensor:
-    """x [n, t, c] plus a branch gated by ``opened``, and that plus what its feed-forward makes of it, gated."""
-    x, normed = gate_layer_norm_modulate(x, branch, opened, shift, scale, feed_forward.readers)
-    return gate_residual(x, feed_forward(normed), gate)
+class Stream(NamedTuple):
+    """Tokens [n, t, c], and a branch with its gate that is left to add to them: the norm that reads the sum next adds
+    it on the way."""
+
+    tokens: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    def settled(self) -> Tensor:
+        """Tokens with the branch added."""
+        if self.branch is None:
+            return self.tokens
+        return gate_residual(self.tokens, self.branch, self.gate)
+
+    def normed(
+        self, shift: Tensor, scale: Tensor, readers: Readers = ()
+    ) -> tuple[Stream, Tensor | QuantizedRows]:
+        """The stream with the branch added, and its norm, scaled and shifted."""
+        if self.branch is None:
+            return self, layer_norm_modulate(self.tokens, shift, scale, readers)
+        tokens, normed = gate_layer_norm_modulate(*self, shift, scale, readers)
+        return Stream(tokens), normed
+
+    def fed_forward(
+        self, feed_forward: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> Stream:
+        """The stream, to which what its feed-forward makes of it is left to add."""
+        stream, normed = self.normed(shift, scale, feed_forward.readers)
+        return Stream(stream.tokens, feed_forward(normed), gate)
 
 
 class OutputNorm(nn.Module):
@@ -90,9 +107,9 @@ class OutputNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 2 * width)
 
-    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+    def forward(self, stream: Stream, conditioning: Tensor) -> Tensor:
         scale, shift = self.linear(F.silu(conditioning))[:, None].chunk(2, dim=-1)
-        return layer_norm_modulate(x, shift, scale)
+        return stream.normed(shift, scale)[1]
 
 
 class FeedForward(nn.Module):

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from tintype.errors import CheckpointError, RequestError
 from tintype.models.config import from_json
-from tintype.models.fused import gate_residual, layer_norm_modulate
 from tintype.models.joint import (
     Conditioning,
     FeedForward,
     JointAttention,
     Modulation,
     OutputNorm,
-    fed_forward,
+    Stream,
 )
 from tintype.models.layers import image_to_tokens, sinusoidal_embedding
 
@@ -105,25 +104,25 @@ class _Block(nn.Module):
             self.ff_context = FeedForward(width)
 
     def forward(
-        self, image: Tensor, text: Tensor, conditioning: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self, image: Stream, text: Stream, conditioning: Tensor
+    ) -> tuple[Stream, Stream | None]:
         shift, scale, gate, *of_feed_forward = self.norm1(conditioning)
         if self.last:
             told = self.norm1_context(text, conditioning)
         else:
             text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
-            told = layer_norm_modulate(text, text_shift, text_scale, self.attn.text_readers)
-        normed = layer_norm_modulate(image, shift, scale, self.attn.readers)
+            text, told = text.normed(text_shift, text_scale, self.attn.text_readers)
+        image, normed = image.normed(shift, scale, self.attn.readers)
         seen, heard = self.attn(normed, told)
+        attended = Stream(image.tokens, seen, gate)
         if hasattr(self, "attn2"):
             own_shift, own_scale, own_gate = of_feed_forward[3:]
-            normed = layer_norm_modulate(image, own_shift, own_scale, self.attn2.readers)
-            image = gate_residual(image, seen, gate)
-            seen, gate = self.attn2(normed)[0], own_gate
-        image = fed_forward(image, seen, gate, self.ff, *of_feed_forward[:3])
+            _, normed = image.normed(own_shift, own_scale, self.attn2.readers)
+            attended = Stream(attended.settled(), self.attn2(normed)[0], own_gate)
+        image = attended.fed_forward(self.ff, *of_feed_forward[:3])
         if self.last:
             return image, None
-        return image, fed_forward(text, heard, text_gate, self.ff_context, *of_text)
+        return image, Stream(text.tokens, heard, text_gate).fed_forward(self.ff_context, *of_text)
 
 
 class SD3Transformer(nn.Module):
@@ -148,7 +147,8 @@ class SD3Transformer(nn.Module):
     ) -> Tensor:
         """[n, c, h, w], [n] in 0..1000, [n, t, d], [n, p] -> [n, c, h, w]; h and w are multiples of the patch."""
         conditioning = self.time_text_embed(timestep, pooled)
-        image, text = self.pos_embed(sample), self.context_embedder(encoder_hidden_states)
+        image = Stream(self.pos_embed(sample))
+        text = Stream(self.context_embedder(encoder_hidden_states))
         for block in self.transformer_blocks:
             image, text = block(image, text, conditioning)
         tokens = self.proj_out(self.norm_out(image, conditioning))

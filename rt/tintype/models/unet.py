@@ -163,7 +163,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input."""
+    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input.
+
+    The last is left to add: who norms the sum next does both in one pass.
+    """
 
     def __init__(self, channels: int, context_channels: int, heads: int) -> None:
         super().__init__()
@@ -174,12 +177,17 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        normed = layer_norm(self.norm1, x, self.attn1.readers(alone=True))
+    def forward(self, x: Tensor, left: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """x [n, t, c] and what the block before left to add to it -> the same of this block."""
+        readers = self.attn1.readers(alone=True)
+        if left is None:
+            normed = layer_norm(self.norm1, x, readers)
+        else:
+            x, normed = add_layer_norm(self.norm1, x, left, readers)
         readers = self.attn2.readers(alone=False)
         x, normed = add_layer_norm(self.norm2, x, self.attn1(normed), readers)
         x, normed = add_layer_norm(self.norm3, x, self.attn2(normed, context), self.ff.readers)
-        return x + self.ff(normed)
+        return x, self.ff(normed)
 
 
 class SpatialTransformer(nn.Module):
@@ -205,8 +213,10 @@ class SpatialTransformer(nn.Module):
             if self.linear
             else image_to_tokens(pointwise(self.proj_in, h))
         )
+        left = None
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens, left = block(tokens, left, context)
+        tokens = tokens + left
         if self.linear:
             return x + tokens_to_image(self.proj_out(tokens), height, width)
         return x + pointwise(self.proj_out, tokens_to_image(tokens, height, width))

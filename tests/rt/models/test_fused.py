@@ -45,6 +45,7 @@ def _unet():
             norm_num_groups=8,
             cross_attention_dim=24,
             attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
         )
     )
     return unet, (_latents(4), _TIMES, _TEXT)
