@@ -64,6 +64,7 @@ def test_where_nothing_was_measured_an_op_has_its_default_if_that_can_run(
     obstacle, expected, monkeypatch
 ):
     monkeypatch.setattr(choice, "on_gpu", lambda *_: "")
+    monkeypatch.setattr(ROWS_FORWARD, "unmeasured", "library")
     monkeypatch.setitem(ROWS_FORWARD.obstacles, "library", lambda *_: obstacle)
     tensor = SimpleNamespace(device=torch.device("cuda"))
     assert ROWS_FORWARD._fastest(["triton", "reference"], tensor, ()) == expected

@@ -160,7 +160,7 @@ def _library_obstacle(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) 
 
 ROWS_FORWARD = TorchOp(
     "quantized_rows_linear", fake=_empty_product, reference=_rows_reference, triton=_rows_triton,
-    library=_rows_library, obstacles={"triton": _rows_obstacle, "library": _library_obstacle}, unmeasured="library",
+    library=_rows_library, obstacles={"triton": _rows_obstacle, "library": _library_obstacle},
 )  # fmt: skip
 
 
