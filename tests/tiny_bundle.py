@@ -183,12 +183,12 @@ def encode_image_graph(height, width):
     return nodes, inputs, outputs, []
 
 
-def save(folder, relative, parts, external):
+def save(folder, relative, parts, external, opset=18):
     nodes, inputs, outputs, constants = parts
     used = {name for node in nodes for name in node.input}
     initializers = [*constants, *(tensor for name, tensor in external.items() if name in used)]
     graph = helper.make_graph(nodes, "stage", inputs, outputs, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     path = folder / relative
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(model.SerializeToString())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Generic, TypeVar
 
+# What a container may fill, where it is told.
+_CONTAINERS = Path("/sys/fs/cgroup/memory.max")
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -55,6 +59,16 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory() -> float:
+    """The bytes of memory that this process may fill; endless where nothing tells."""
+    limits = [math.inf]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if _CONTAINERS.is_file() and (told := _CONTAINERS.read_text().strip()).isdecimal():
+        limits.append(int(told))
+    return min(limits)
 
 
 def one_line(error: Exception) -> str:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from tintype.backends import Arrays, OneType
 from tintype.backends.codes import SIDE, largest_code_on_cpu
-from tintype.backends.compiled import Compiled, cores, one_line
+from tintype.backends.compiled import Compiled, cores, memory, one_line
 from tintype.backends.graphs import graph_file, read_graph
+from tintype.backends.onnx_weights import weight_files
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype.protobuf import counted, sized
@@ -30,6 +31,10 @@ _ENTRIES = {
     "fp8": {"session.disable_quant_qdq": "1"},
     "int4": {"session.qdq_matmulnbits_accuracy_level": "1"},
 }
+# How many times what is stored of these a CPU computes with, in float32.
+_WIDENED = {"bf16": 2, "fp8": 4}
+# A session that widens weights as it is made holds them twice in the end, once as its kernels pack them.
+_LARGEST_SHARE = 1 / 4
 # What ONNX's types are as numpy's: float32, int8, float16, and bfloat16's bits.
 _ARRAYS = {1: np.float32, 3: np.int8, 10: np.float16, 16: np.uint16}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -126,8 +131,12 @@ class OnnxRuntimeBackend(OneType):
         )
         for name, value in _ENTRIES.get(self.bundle.precision, {}).items():
             options.add_session_config_entry(name, value)
-        unfused = _UNFUSED.get(self.bundle.precision)
         graph = read_graph(self.bundle, relative)
+        unfused = [*_UNFUSED.get(self.bundle.precision, ())]
+        if self._on_host and self._fills_memory(graph):
+            # Each run widens them then, each before it is used and not all at its beginning.
+            unfused.append("ConstantFolding")
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         changed = {} if self._updated is None else dict(_changed(graph, self._updated))
         if changed:
             options.add_external_initializers([*changed], [*changed.values()])
@@ -139,6 +148,11 @@ class OnnxRuntimeBackend(OneType):
             raise BundleError(
                 f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
             ) from error
+
+    def _fills_memory(self, graph: bytes) -> bool:
+        """Whether the graph's weights, widened, would take more of this machine's memory than is meant for them."""
+        stored = sum(self.bundle.path(file).stat().st_size for file in weight_files(graph))
+        return _WIDENED.get(self.bundle.precision, 0) * stored > _LARGEST_SHARE * memory()
 
 
 def _changed(graph: bytes, updated: UpdatedWeights) -> Iterator[tuple[str, ort.OrtValue]]:
