@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from tintype.backends import Arrays, OneType
 from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, memory, one_line
-from tintype.backends.graphs import graph_file, read_graph
-from tintype.backends.onnx_weights import weight_files
+from tintype.backends.graphs import MappedWeights, graph_file, read_graph
+from tintype.backends.onnx_weights import ExternalTensor, weight_files
+from tintype.backends.onnxruntime_model import straightened
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype.protobuf import counted, sized
@@ -72,6 +73,7 @@ class OnnxRuntimeBackend(OneType):
             )
         self.bundle = bundle
         self._updated = updated
+        self._weights = MappedWeights(bundle, updated)
         self._provider = _provider(device)
         kind, _, number = device.partition(":")
         self._place = (kind, int(number or 0))  # as onnxruntime names where an array lies
@@ -138,6 +140,9 @@ class OnnxRuntimeBackend(OneType):
             unfused.append("ConstantFolding")
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         changed = {} if self._updated is None else dict(_changed(graph, self._updated))
+        if self._on_host and self.bundle.precision == "int8":
+            graph, codes = straightened(graph, self._codes)
+            changed |= {name: _value(turned, _INT8) for name, turned in codes.items()}
         if changed:
             options.add_external_initializers([*changed], [*changed.values()])
         try:
@@ -149,6 +154,10 @@ class OnnxRuntimeBackend(OneType):
                 f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
             ) from error
 
+    def _codes(self, tensor: ExternalTensor) -> NDArray[np.int8]:
+        found = self._weights.find(tensor.location, tensor.offset, tensor.length)
+        return found.view(np.int8).reshape(tensor.shape)
+
     def _fills_memory(self, graph: bytes) -> bool:
         """Whether the graph's weights, widened, would take more of this machine's memory than is meant for them."""
         stored = sum(self.bundle.path(file).stat().st_size for file in weight_files(graph))
@@ -159,8 +168,12 @@ def _changed(graph: bytes, updated: UpdatedWeights) -> Iterator[tuple[str, ort.O
     """The graph's initialisers that were updated, by name."""
     for tensor, new in updated.in_graph(graph):
         values = new.view(_ARRAYS[tensor.data_type]).reshape(tensor.shape)
-        value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, tensor.data_type)
-        yield tensor.name, value
+        yield tensor.name, _value(values, tensor.data_type)
+
+
+def _value(values: NDArray[Any], kind: int) -> ort.OrtValue:
+    """What onnxruntime reads where the array lies, as long as that lives."""
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, kind)
 
 
 def _provider(device: str) -> str:

@@ -1,4 +1,4 @@
-"""What onnxruntime holds of a model whose weights it widens."""
+"""What onnxruntime holds of a model whose weights it widens, and of one whose linear layers are in codes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 import memory_held
 from tintype.backends import compiled
+from tintype.backends.onnxruntime_model import straightened
 from tiny_bundle import F32, WEIGHTS, constant, external_tensors, save, write_manifest
 from tolerances import TINY_GRAPH, relative_error
 
@@ -116,3 +119,95 @@ def test_a_container_may_fill_less_than_the_machine_has(text, expected, tmp_path
     if text is not None:
         path.write_text(text)
     assert compiled.memory() == (expected or machine)
+
+
+def coded_layers(*, input_in_codes: bool = True) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Two linear layers in codes, as exports write them, and one whose codes are read untransposed; their codes."""
+    random = np.random.default_rng(2)
+    shapes = {"wide": (48, 32), "narrow": (16, 48), "square": (16, 16)}
+    codes = {n: random.integers(-127, 128, shape, np.int8) for n, shape in shapes.items()}
+    constants = [constant("scale", 0.02, np.float32), constant("middle", 128, np.uint8)]
+    nodes, described, x = [], [], "latents"
+    for name, (rows, columns) in shapes.items():
+        scales = random.random(rows, np.float32) / 100
+        constants += [constant(f"{name} scales", scales, np.float32)]
+        constants += [constant(f"{name} zeros", np.zeros(rows), np.int8)]
+        if input_in_codes:
+            nodes += [
+                helper.make_node("QuantizeLinear", [x, "scale", "middle"], [f"{name} codes"]),
+                helper.make_node(
+                    "DequantizeLinear", [f"{name} codes", "scale", "middle"], [f"{name} in"]
+                ),
+            ]
+            x = f"{name} in"
+        given = [name, f"{name} scales", f"{name} zeros"]
+        nodes.append(helper.make_node("DequantizeLinear", given, [f"{name} numbers"], axis=0))
+        described.append(helper.make_tensor_value_info(f"{name} numbers", F32, [rows, columns]))
+        weight = f"{name} numbers"
+        if name != "square":
+            nodes.append(helper.make_node("Transpose", [weight], [f"{name} turned"], perm=[1, 0]))
+            weight = f"{name} turned"
+        x, before = ("image" if name == "square" else f"{name} out"), x
+        nodes.append(helper.make_node("MatMul", [before, weight], [x]))
+    faces = ("latents", [4, 32]), ("image", [4, 16])
+    inputs, outputs = ([helper.make_tensor_value_info(name, F32, shape)] for name, shape in faces)
+    external = [
+        TensorProto(name=n, data_type=TensorProto.INT8, dims=c.shape) for n, c in codes.items()
+    ]
+    offset = 0
+    for tensor in external:
+        tensor.data_location = TensorProto.EXTERNAL
+        length = codes[tensor.name].nbytes
+        for key, value in {"location": "codes", "offset": offset, "length": length}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        offset += length
+    graph = helper.make_graph(
+        nodes, "layers", inputs, outputs, [*constants, *external], value_info=described
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    ), codes
+
+
+def computed(model: onnx.ModelProto, codes: dict[str, np.ndarray]) -> np.ndarray:
+    """By onnxruntime, as it is without anything turned off, of the codes as initialisers of their own."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    for tensor in model.graph.initializer:
+        if tensor.name in codes:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(codes[tensor.name], tensor.name))
+    onnx.checker.check_model(model, full_check=True)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inputs = np.random.default_rng(3).standard_normal((4, 32), np.float32)
+    return session.run(None, {"latents": inputs})[0]
+
+
+def test_codes_of_linear_layers_are_turned_and_the_graph_says_the_same() -> None:
+    model, codes = coded_layers()
+    graph, turned = straightened(model.SerializeToString(), lambda tensor: codes[tensor.name])
+    assert {name: found.shape for name, found in turned.items()} == {
+        "wide": (32, 48), "narrow": (48, 16)
+    }  # fmt: skip
+    found = onnx.ModelProto.FromString(graph)
+    assert {n.op_type for n in found.graph.node} == {
+        "QuantizeLinear", "DequantizeLinear", "Identity", "MatMul"
+    }  # fmt: skip
+    assert np.array_equal(computed(found, codes | turned), computed(model, codes))
+
+
+def test_codes_of_layers_whose_input_is_in_numbers_stay_as_they_are() -> None:
+    model, codes = coded_layers(input_in_codes=False)
+    graph = model.SerializeToString()
+    assert straightened(graph, lambda tensor: codes[tensor.name]) == (graph, {})
+
+
+@pytest.mark.parametrize("reader", ["DequantizeLinear", "Transpose"])
+def test_codes_that_something_else_reads_stay_as_they_are(reader) -> None:
+    model, codes = coded_layers()
+    given = {
+        "DequantizeLinear": ["wide", "wide scales", "wide zeros"],
+        "Transpose": ["wide numbers"],
+    }[reader]
+    how = {"axis": 0} if reader == "DequantizeLinear" else {"perm": [0, 1]}
+    model.graph.node.append(helper.make_node(reader, given, ["beside"], **how))
+    _, turned = straightened(model.SerializeToString(), lambda tensor: codes[tensor.name])
+    assert turned.keys() == {"narrow"}

@@ -1,0 +1,158 @@
+"""What onnxruntime is given of a graph whose linear layers are in codes.
+
+A graph has such a layer's codes as [out, in] and transposes the numbers that they stand for. onnxruntime finds its
+products of codes behind that too, but widens every weight on the way: ten bytes a parameter while a session is made. So
+codes are transposed before, and what the graph says of them with them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tintype.backends.onnx_weights import ExternalTensor, external_tensors
+from tintype.protobuf import counted, fields, payloads, sized, varints
+
+Codes = NDArray[np.int8]
+_GRAPH, _NODE, _INITIALIZER, _DESCRIBED = 7, 1, 5, 13  # of a model and of a graph
+_INPUT, _OUTPUT, _KIND, _ATTRIBUTE = 1, 2, 4, 5  # of a node
+_NAME, _INT, _INTS, _TYPE = 1, 3, 8, 20  # of an attribute; the first of a description, too
+_DIMS, _TENSOR_NAME = 1, 8  # of a tensor
+_INT8, _IS_INT = 3, 2  # as onnx.proto numbers types
+_SCALING = "DequantizeLinear"
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What is read of a node; attributes as their numbers."""
+
+    kind: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, list[int]]
+
+
+def straightened(
+    graph: bytes, find: Callable[[ExternalTensor], Codes]
+) -> tuple[bytes, dict[str, Codes]]:
+    """The graph with its linear layers' codes as [in, out], and those by the names of their initialisers.
+
+    `find` gives a tensor's codes [out, in]. Layers whose input is not in codes stay as they are.
+    """
+    tensors = {
+        tensor.name: tensor
+        for tensor in external_tensors(graph)
+        if tensor.data_type == _INT8 and len(tensor.shape) == 2
+    }
+    (inner,) = payloads(memoryview(graph), _GRAPH)
+    nodes = [_read(node) for node in payloads(inner, _NODE)]
+    turned = dict(_turned(nodes, tensors))
+    if not turned:
+        return graph, {}
+    changed = {number for numbers in turned.values() for number in numbers}
+    undescribed = {nodes[number].outputs[0] for number in changed}
+    parts = [
+        sized(_GRAPH, _rewritten(inner, turned.keys(), changed, undescribed))
+        if each.number == _GRAPH
+        else bytes(each.whole)
+        for each in fields(memoryview(graph))
+    ]
+    codes = {name: np.ascontiguousarray(find(tensors[name]).T) for name in turned}
+    return b"".join(parts), codes
+
+
+def _read(message: memoryview) -> _Node:
+    def texts(number: int) -> list[str]:
+        return [bytes(text).decode() for text in payloads(message, number)]
+
+    attributes = {}
+    for attribute in payloads(message, _ATTRIBUTE):
+        (name,) = payloads(attribute, _NAME)
+        numbers = [*varints(attribute, _INT), *varints(attribute, _INTS)]
+        attributes[bytes(name).decode()] = numbers
+    (kind,) = texts(_KIND)
+    return _Node(kind, texts(_INPUT), texts(_OUTPUT), attributes)
+
+
+def _turned(
+    nodes: list[_Node], tensors: Mapping[str, ExternalTensor]
+) -> Iterator[tuple[str, list[int]]]:
+    """Names of codes of products of codes, each read by one scaling alone, whose numbers nothing reads untransposed;
+    with the places of these nodes."""
+    readers: dict[str, list[int]] = defaultdict(list)
+    makers: dict[str, str] = {}
+    for number, node in enumerate(nodes):
+        for name in node.inputs:
+            readers[name].append(number)
+        makers |= dict.fromkeys(node.outputs, node.kind)
+
+    def multiplies_codes(number: int) -> bool:
+        node = nodes[number]
+        return node.kind == "MatMul" and makers.get(node.inputs[0]) == _SCALING
+
+    for name in tensors:
+        scalings = readers[name]
+        if len(scalings) != 1 or not _scales_rows(nodes[scalings[0]]):
+            continue
+        behind = readers[nodes[scalings[0]].outputs[0]]
+        products = [reader for number in behind for reader in readers[nodes[number].outputs[0]]]
+        transposed = all(_transposes(nodes[number]) for number in behind)
+        if products and transposed and all(map(multiplies_codes, products)):
+            yield name, [*scalings, *behind]
+
+
+def _scales_rows(node: _Node) -> bool:
+    return node.kind == _SCALING and node.attributes.get("axis") == [0]
+
+
+def _transposes(node: _Node) -> bool:
+    return node.kind == "Transpose" and node.attributes.get("perm") == [1, 0]
+
+
+def _rewritten(
+    graph: memoryview,
+    names: Collection[str],
+    numbers: Collection[int],
+    undescribed: Collection[str],
+) -> bytes:
+    """The graph's message with the dimensions of named tensors and the axes of numbered nodes the other way round."""
+    parts: list[bytes] = []
+    number = 0
+    for each in fields(graph):
+        new = bytes(each.whole)
+        if each.payload is None:
+            pass
+        elif each.number == _NODE:
+            new = _other_axes(each.payload) if number in numbers else new
+            number += 1
+        elif each.number == _INITIALIZER and _text(each.payload, _TENSOR_NAME) in names:
+            new = _other_dimensions(each.payload)
+        elif each.number == _DESCRIBED and _text(each.payload, _NAME) in undescribed:
+            continue
+        parts.append(new)
+    return b"".join(parts)
+
+
+def _text(message: memoryview, number: int) -> str:
+    (text,) = payloads(message, number)
+    return bytes(text).decode()
+
+
+def _other_axes(node: memoryview) -> bytes:
+    """A scaling of rows as one of columns, a transposition as none."""
+    axis = sized(_NAME, b"axis") + counted(_INT, 1) + counted(_TYPE, _IS_INT)
+    scales = _scales_rows(_read(node))
+    told = {_KIND: _SCALING.encode(), _ATTRIBUTE: axis} if scales else {_KIND: b"Identity"}
+    kept = (bytes(each.whole) for each in fields(node) if each.number not in (_KIND, _ATTRIBUTE))
+    return sized(_NODE, b"".join([*kept, *(sized(*each) for each in told.items())]))
+
+
+def _other_dimensions(tensor: memoryview) -> bytes:
+    rows, columns = varints(tensor, _DIMS)
+    rest = (bytes(each.whole) for each in fields(tensor) if each.number != _DIMS)
+    dimensions = counted(_DIMS, columns) + counted(_DIMS, rows)
+    return sized(_INITIALIZER, dimensions + b"".join(rest))
