@@ -80,6 +80,9 @@ class OnnxRuntimeBackend(OneType):
         self._on_host = self._provider == _PROVIDERS["cpu"]
         self.batch_invariant = self._on_host if batch_invariant is None else batch_invariant
         self._sessions = Compiled(self._open)
+        self._given: dict[
+            tuple[str, str], dict[str, ort.OrtValue]
+        ] = {}  # which sessions do not hold
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -143,6 +146,7 @@ class OnnxRuntimeBackend(OneType):
         if self._on_host and self.bundle.precision == "int8":
             graph, codes = straightened(graph, self._codes)
             changed |= {name: _value(turned, _INT8) for name, turned in codes.items()}
+        self._given[key] = changed
         if changed:
             options.add_external_initializers([*changed], [*changed.values()])
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 import memory_held
-from tintype.backends import compiled
+from tintype.backends import compiled, onnxruntime
 from tintype.backends.onnxruntime_model import straightened
+from tintype.bundle import open_bundle
 from tiny_bundle import F32, WEIGHTS, constant, external_tensors, save, write_manifest
 from tolerances import TINY_GRAPH, relative_error
 
@@ -211,3 +214,37 @@ def test_codes_that_something_else_reads_stay_as_they_are(reader) -> None:
     model.graph.node.append(helper.make_node(reader, given, ["beside"], **how))
     _, turned = straightened(model.SerializeToString(), lambda tensor: codes[tensor.name])
     assert turned.keys() == {"narrow"}
+
+
+def test_turned_codes_live_as_long_as_the_session_that_reads_them(tmp_path, monkeypatch) -> None:
+    """onnxruntime reads them where they lie and holds no reference."""
+    model, codes = coded_layers()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "decode").mkdir()
+    save_file({n: torch.from_numpy(c) for n, c in codes.items()}, tmp_path / WEIGHTS)
+    external = external_tensors(tmp_path / WEIGHTS, TensorProto.INT8)
+    for tensor in model.graph.initializer:
+        if tensor.name in external:
+            tensor.CopyFrom(external[tensor.name])
+    (tmp_path / "decode/b1.onnx").write_bytes(model.SerializeToString())
+    stages = {"decode": {"b1": "decode/b1.onnx"}}
+    parts = {"family": "latent_unet", "stages": stages, "scheduler": {}, "defaults": {}}
+    write_manifest(tmp_path, precision="int8", name="layers", **parts)
+    alive = []
+
+    def noted(graph, find):
+        new, turned = straightened(graph, find)
+        alive.extend(map(weakref.ref, turned.values()))
+        return new, turned
+
+    monkeypatch.setattr(onnxruntime, "straightened", noted)
+    backend = onnxruntime.OnnxRuntimeBackend(open_bundle(tmp_path))
+    inputs = np.random.default_rng(3).standard_normal((4, 32), np.float32)
+    image = backend.run("decode", "b1", {"latents": inputs})["image"]
+    gc.collect()
+    assert len(alive) == 2
+    assert all(array() is not None for array in alive)
+    assert np.array_equal(image, computed(model, codes))
+    del backend
+    gc.collect()
+    assert not any(array() is not None for array in alive)
