@@ -37,6 +37,13 @@ def write_manifest(folder, *, precision="fp32", tokenizers=("tokenizer",), **fie
     )
 
 
+def write_decoder(folder, precision):
+    """The manifest of a bundle whose only graph is `decode/b1.onnx`."""
+    stages = {"decode": {"b1": "decode/b1.onnx"}}
+    parts = {"family": "latent_unet", "stages": stages, "scheduler": {}, "defaults": {}}
+    return write_manifest(folder, precision=precision, name="layers", **parts)
+
+
 def write_tiny_bundle(folder):
     """Write the bundle and return its folder."""
     weights = random_weights()

@@ -51,6 +51,11 @@ def payloads(message: memoryview, number: int) -> Iterator[memoryview]:
             yield field.payload
 
 
+def texts(message: memoryview, number: int) -> Iterator[str]:
+    """The texts of every sized field of that number."""
+    return (bytes(payload).decode() for payload in payloads(message, number))
+
+
 def varints(message: memoryview, number: int) -> Iterator[int]:
     """The numbers of every field of that number, packed into one or each by itself."""
     for field in fields(message):

@@ -193,17 +193,18 @@ def _fake_backward(
     return empty(x), empty(scale), empty(scale)
 
 
-def _obstacle(*arguments: Any) -> str:
+def obstacle(*arguments: Any) -> str:
+    """Why no block holds a row of the first tensor, or nothing."""
     return too_wide(first_tensor(arguments).shape[-1])
 
 
 FORWARD = TorchOp(
     "layer_norm_modulate", fake=_fake_forward, reference=_reference_forward, triton=_triton_forward,
-    obstacles={"triton": _obstacle},
+    obstacles={"triton": obstacle},
 )  # fmt: skip
 BACKWARD = TorchOp(
     "layer_norm_modulate_backward", fake=_fake_backward, reference=_reference_backward, triton=_triton_backward,
-    obstacles={"triton": _obstacle},
+    obstacles={"triton": obstacle},
 )  # fmt: skip
 
 

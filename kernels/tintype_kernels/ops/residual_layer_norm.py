@@ -19,12 +19,11 @@ from tintype_kernels.torch_op import (
     check,
     check_floating,
     empty,
-    first_tensor,
     per_sample,
     public,
     unit_stride,
 )  # fmt: skip
-from tintype_kernels.triton_support import ceil_div, jit, tl, too_wide, widen
+from tintype_kernels.triton_support import ceil_div, jit, tl, widen
 
 
 def reference(
@@ -105,13 +104,9 @@ def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty(x), empty(x)
 
 
-def _obstacle(*arguments: Any) -> str:
-    return too_wide(first_tensor(arguments).shape[-1])
-
-
 FORWARD = TorchOp(
     "residual_layer_norm", fake=_fake_forward, reference=_reference_forward, triton=_triton_forward,
-    obstacles={"triton": _obstacle},
+    obstacles={"triton": norm.obstacle},
 )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def prepared(stage: Stage, execution: str, device: torch.device) -> Call:
     if execution == "eager":
         return stage
     if execution == "graph":
-        return Replayed(stage, stage)
+        return Replayed(stage)
     call: Call = torch.compile(stage, mode="max-autotune-no-cudagraphs", dynamic=False)
     return Replayed(call) if device.type == "cuda" else call
 
@@ -58,8 +58,8 @@ class Replayed:
     Of a stage that remembers, what it remembers has a graph of its own, replayed where a picture tells other things.
     """
 
-    def __init__(self, call: Call, stage: Stage | None = None) -> None:
-        self._call, self._stage = call, stage
+    def __init__(self, call: Call) -> None:
+        self._call = call
         self._captures: dict[tuple[torch.Size, ...], _Capture | _Remembering] = {}
         self._lock = threading.Lock()
 
@@ -71,8 +71,8 @@ class Replayed:
             return self._captures[shapes].replay(inputs)
 
     def _captured(self, inputs: Sequence[Tensor]) -> _Capture | _Remembering:
-        if self._stage is not None and self._stage.remembers:
-            return _Remembering(self._stage, inputs)
+        if isinstance(self._call, Stage) and self._call.remembers:
+            return _Remembering(self._call, inputs)
         return _Capture(self._call, inputs)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tintype.errors import BundleError
-from tintype.protobuf import fields, payloads, sized, varints
+from tintype.protobuf import fields, payloads, sized, texts, varints
 
 # Field numbers of onnx.proto that lead to a tensor's external_data, by the message that they are in.
 _FIELDS = {
@@ -23,8 +23,9 @@ _FIELDS = {
     "tensor": {13: "entry"},
 }
 _EXTERNAL_DATA = 13
-_GRAPH, _INITIALIZER, _OUTPUT, _NAME = 7, 5, 12, 1  # of a model, a graph, a value's description
-_DIMS, _DATA_TYPE, _TENSOR_NAME = 1, 2, 8  # of a tensor
+GRAPH, INITIALIZER, _OUTPUT, _NAME = 7, 5, 12, 1  # of a model, a graph, a value's description
+DIMS, _DATA_TYPE, TENSOR_NAME = 1, 2, 8  # of a tensor
+INT8 = 3  # as onnx.proto numbers types
 # What onnxruntime writes in place of a file's name where the offset is an address, and others have learned to read.
 IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
 
@@ -45,16 +46,16 @@ class ExternalTensor(NamedTuple):
 
 def external_tensors(graph: bytes) -> Iterator[ExternalTensor]:
     """The initialisers of a graph that lie in files."""
-    for inner in payloads(memoryview(graph), _GRAPH):
-        for tensor in payloads(inner, _INITIALIZER):
+    for inner in payloads(memoryview(graph), GRAPH):
+        for tensor in payloads(inner, INITIALIZER):
             entries = dict(_entry(entry) for entry in payloads(tensor, _EXTERNAL_DATA))
             if "location" in entries:
-                (name,) = payloads(tensor, _TENSOR_NAME)
+                (name,) = texts(tensor, TENSOR_NAME)
                 (data_type,) = varints(tensor, _DATA_TYPE)
                 yield ExternalTensor(
-                    bytes(name).decode(),
+                    name,
                     data_type,
-                    tuple(varints(tensor, _DIMS)),
+                    tuple(varints(tensor, DIMS)),
                     entries["location"],
                     int(entries.get("offset", 0)),
                     int(entries["length"]) if "length" in entries else None,
@@ -77,9 +78,9 @@ def read_from_memory(graph: bytes, place: Place) -> bytes:
 
 def output_names(graph: bytes) -> list[str]:
     """What a graph calls its outputs, in its order."""
-    graphs = payloads(memoryview(graph), _GRAPH)
+    graphs = payloads(memoryview(graph), GRAPH)
     infos = (info for each in graphs for info in payloads(each, _OUTPUT))
-    return [bytes(name).decode() for info in infos for name in payloads(info, _NAME)]
+    return [name for info in infos for name in texts(info, _NAME)]
 
 
 def _moved(message: memoryview, kind: str, place: Place) -> bytes:

@@ -14,7 +14,7 @@ from tintype.backends import Arrays, OneType
 from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, memory, one_line
 from tintype.backends.graphs import MappedWeights, graph_file, read_graph
-from tintype.backends.onnx_weights import ExternalTensor, weight_files
+from tintype.backends.onnx_weights import INT8, ExternalTensor, weight_files
 from tintype.backends.onnxruntime_model import straightened
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
@@ -80,9 +80,8 @@ class OnnxRuntimeBackend(OneType):
         self._on_host = self._provider == _PROVIDERS["cpu"]
         self.batch_invariant = self._on_host if batch_invariant is None else batch_invariant
         self._sessions = Compiled(self._open)
-        self._given: dict[
-            tuple[str, str], dict[str, ort.OrtValue]
-        ] = {}  # which sessions do not hold
+        # By where a file has them; sessions read them here and hold no reference.
+        self._turned: dict[tuple[str, int], NDArray[np.int8]] = {}
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -144,9 +143,8 @@ class OnnxRuntimeBackend(OneType):
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         changed = {} if self._updated is None else dict(_changed(graph, self._updated))
         if self._on_host and self.bundle.precision == "int8":
-            graph, codes = straightened(graph, self._codes)
-            changed |= {name: _value(turned, _INT8) for name, turned in codes.items()}
-        self._given[key] = changed
+            graph, codes = straightened(graph, self._turned_codes)
+            changed |= {name: _value(turned, INT8) for name, turned in codes.items()}
         if changed:
             options.add_external_initializers([*changed], [*changed.values()])
         try:
@@ -158,14 +156,21 @@ class OnnxRuntimeBackend(OneType):
                 f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
             ) from error
 
-    def _codes(self, tensor: ExternalTensor) -> NDArray[np.int8]:
-        found = self._weights.find(tensor.location, tensor.offset, tensor.length)
-        return found.view(np.int8).reshape(tensor.shape)
+    def _turned_codes(self, tensor: ExternalTensor) -> NDArray[np.int8]:
+        """[in, out], of codes that files have as [out, in]: once, however many sessions read them."""
+        place = tensor.location, tensor.offset
+        if place not in self._turned:
+            found = self._weights.find(*place, tensor.length).view(np.int8)
+            turned = np.ascontiguousarray(found.reshape(tensor.shape).T)
+            self._turned.setdefault(place, turned)  # sessions are made in several threads
+        return self._turned[place]
 
     def _fills_memory(self, graph: bytes) -> bool:
         """Whether the graph's weights, widened, would take more of this machine's memory than is meant for them."""
+        if self.bundle.precision not in _WIDENED:
+            return False
         stored = sum(self.bundle.path(file).stat().st_size for file in weight_files(graph))
-        return _WIDENED.get(self.bundle.precision, 0) * stored > _LARGEST_SHARE * memory()
+        return _WIDENED[self.bundle.precision] * stored > _LARGEST_SHARE * memory()
 
 
 def _changed(graph: bytes, updated: UpdatedWeights) -> Iterator[tuple[str, ort.OrtValue]]:
@@ -193,7 +198,7 @@ def _provider(device: str) -> str:
     return _PROVIDERS[name]
 
 
-_INT8, _INT32, _UINT8 = 3, 6, 2  # as onnx.proto numbers types
+_INT32, _UINT8 = 6, 2  # as onnx.proto numbers types
 
 
 @cache
@@ -218,7 +223,7 @@ def _product_of_codes() -> bytes:
         sized(1, names + sized(4, b"MatMulInteger"))
         + sized(2, b"product of codes")
         + sized(11, value("inputs", _UINT8))
-        + sized(11, value("weights", _INT8))
+        + sized(11, value("weights", INT8))
         + sized(12, value("sums", _INT32))
     )
     opset = counted(2, 13)

@@ -14,15 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tintype.backends.onnx_weights import ExternalTensor, external_tensors
-from tintype.protobuf import counted, fields, payloads, sized, varints
+from tintype.backends.onnx_weights import (
+    DIMS,
+    GRAPH,
+    INITIALIZER,
+    INT8,
+    TENSOR_NAME,
+    ExternalTensor,
+    external_tensors,
+)
+from tintype.protobuf import counted, fields, payloads, sized, texts, varints
 
 Codes = NDArray[np.int8]
-_GRAPH, _NODE, _INITIALIZER, _DESCRIBED = 7, 1, 5, 13  # of a model and of a graph
+_NODE, _DESCRIBED = 1, 13  # of a graph
 _INPUT, _OUTPUT, _KIND, _ATTRIBUTE = 1, 2, 4, 5  # of a node
 _NAME, _INT, _INTS, _TYPE = 1, 3, 8, 20  # of an attribute; the first of a description, too
-_DIMS, _TENSOR_NAME = 1, 8  # of a tensor
-_INT8, _IS_INT = 3, 2  # as onnx.proto numbers types
+_IS_INT = 2  # an attribute's type
 _SCALING = "DequantizeLinear"
 
 
@@ -37,45 +44,39 @@ class _Node:
 
 
 def straightened(
-    graph: bytes, find: Callable[[ExternalTensor], Codes]
+    graph: bytes, turn: Callable[[ExternalTensor], Codes]
 ) -> tuple[bytes, dict[str, Codes]]:
     """The graph with its linear layers' codes as [in, out], and those by the names of their initialisers.
 
-    `find` gives a tensor's codes [out, in]. Layers whose input is not in codes stay as they are.
+    `turn` gives a tensor's codes so. Layers whose input is not in codes stay as they are.
     """
     tensors = {
         tensor.name: tensor
         for tensor in external_tensors(graph)
-        if tensor.data_type == _INT8 and len(tensor.shape) == 2
+        if tensor.data_type == INT8 and len(tensor.shape) == 2
     }
-    (inner,) = payloads(memoryview(graph), _GRAPH)
+    (inner,) = payloads(memoryview(graph), GRAPH)
     nodes = [_read(node) for node in payloads(inner, _NODE)]
     turned = dict(_turned(nodes, tensors))
     if not turned:
         return graph, {}
-    changed = {number for numbers in turned.values() for number in numbers}
-    undescribed = {nodes[number].outputs[0] for number in changed}
+    changed = {number: nodes[number] for numbers in turned.values() for number in numbers}
     parts = [
-        sized(_GRAPH, _rewritten(inner, turned.keys(), changed, undescribed))
-        if each.number == _GRAPH
-        else bytes(each.whole)
+        sized(GRAPH, _rewritten(inner, turned.keys(), changed))
+        if each.number == GRAPH
+        else each.whole
         for each in fields(memoryview(graph))
     ]
-    codes = {name: np.ascontiguousarray(find(tensors[name]).T) for name in turned}
-    return b"".join(parts), codes
+    return b"".join(parts), {name: turn(tensors[name]) for name in turned}
 
 
 def _read(message: memoryview) -> _Node:
-    def texts(number: int) -> list[str]:
-        return [bytes(text).decode() for text in payloads(message, number)]
-
     attributes = {}
     for attribute in payloads(message, _ATTRIBUTE):
-        (name,) = payloads(attribute, _NAME)
-        numbers = [*varints(attribute, _INT), *varints(attribute, _INTS)]
-        attributes[bytes(name).decode()] = numbers
-    (kind,) = texts(_KIND)
-    return _Node(kind, texts(_INPUT), texts(_OUTPUT), attributes)
+        (name,) = texts(attribute, _NAME)
+        attributes[name] = [*varints(attribute, _INT), *varints(attribute, _INTS)]
+    (kind,) = texts(message, _KIND)
+    return _Node(kind, [*texts(message, _INPUT)], [*texts(message, _OUTPUT)], attributes)
 
 
 def _turned(
@@ -113,46 +114,37 @@ def _transposes(node: _Node) -> bool:
     return node.kind == "Transpose" and node.attributes.get("perm") == [1, 0]
 
 
-def _rewritten(
-    graph: memoryview,
-    names: Collection[str],
-    numbers: Collection[int],
-    undescribed: Collection[str],
-) -> bytes:
+def _rewritten(graph: memoryview, names: Collection[str], changed: Mapping[int, _Node]) -> bytes:
     """The graph's message with the dimensions of named tensors and the axes of numbered nodes the other way round."""
-    parts: list[bytes] = []
+    undescribed = {node.outputs[0] for node in changed.values()}
+    parts: list[bytes | memoryview] = []
     number = 0
     for each in fields(graph):
-        new = bytes(each.whole)
+        new: bytes | memoryview = each.whole
         if each.payload is None:
             pass
         elif each.number == _NODE:
-            new = _other_axes(each.payload) if number in numbers else new
+            new = _other_axes(each.payload, changed[number]) if number in changed else new
             number += 1
-        elif each.number == _INITIALIZER and _text(each.payload, _TENSOR_NAME) in names:
+        elif each.number == INITIALIZER and next(texts(each.payload, TENSOR_NAME)) in names:
             new = _other_dimensions(each.payload)
-        elif each.number == _DESCRIBED and _text(each.payload, _NAME) in undescribed:
+        elif each.number == _DESCRIBED and next(texts(each.payload, _NAME)) in undescribed:
             continue
         parts.append(new)
     return b"".join(parts)
 
 
-def _text(message: memoryview, number: int) -> str:
-    (text,) = payloads(message, number)
-    return bytes(text).decode()
-
-
-def _other_axes(node: memoryview) -> bytes:
+def _other_axes(message: memoryview, node: _Node) -> bytes:
     """A scaling of rows as one of columns, a transposition as none."""
     axis = sized(_NAME, b"axis") + counted(_INT, 1) + counted(_TYPE, _IS_INT)
-    scales = _scales_rows(_read(node))
-    told = {_KIND: _SCALING.encode(), _ATTRIBUTE: axis} if scales else {_KIND: b"Identity"}
-    kept = (bytes(each.whole) for each in fields(node) if each.number not in (_KIND, _ATTRIBUTE))
-    return sized(_NODE, b"".join([*kept, *(sized(*each) for each in told.items())]))
+    kind = sized(_KIND, (_SCALING if _scales_rows(node) else "Identity").encode())
+    told = [kind, sized(_ATTRIBUTE, axis)] if _scales_rows(node) else [kind]
+    kept = (each.whole for each in fields(message) if each.number not in (_KIND, _ATTRIBUTE))
+    return sized(_NODE, b"".join([*kept, *told]))
 
 
 def _other_dimensions(tensor: memoryview) -> bytes:
-    rows, columns = varints(tensor, _DIMS)
-    rest = (bytes(each.whole) for each in fields(tensor) if each.number != _DIMS)
-    dimensions = counted(_DIMS, columns) + counted(_DIMS, rows)
-    return sized(_INITIALIZER, dimensions + b"".join(rest))
+    rows, columns = varints(tensor, DIMS)
+    rest = (each.whole for each in fields(tensor) if each.number != DIMS)
+    dimensions = counted(DIMS, columns) + counted(DIMS, rows)
+    return sized(INITIALIZER, dimensions + b"".join(rest))

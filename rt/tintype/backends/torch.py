@@ -32,7 +32,7 @@ from tintype.models.stages import (
     stage_names,
     step_stage,
 )
-from tintype.models.unet import Attention
+from tintype.models.unet import TransformerBlock
 
 _DTYPES = {
     "float32": torch.float32,
@@ -264,8 +264,8 @@ class TorchBackend:
         """The component, in which a GPU finds what it multiplies at once in one place, unless weights move."""
         if self.device.type == "cuda" and self._offload is None:
             for module in component.modules():
-                if isinstance(module, Attention):
-                    module.stack()
+                if isinstance(module, TransformerBlock):
+                    module.attn1.stack()
         return component
 
     def _waiting_type(self, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -102,8 +102,7 @@ def enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
     if not _serves(x) or size != (2 * h, 2 * w):
         return F.interpolate(x, size=size, mode="nearest")
     pixels = x.permute(0, 2, 3, 1)
-    tracked = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if tracked or c * x.element_size() % _COPIED.itemsize:
+    if not _inferring() or c * x.element_size() % _COPIED.itemsize:
         return _doubled(pixels).permute(0, 3, 1, 2)
     return _doubled(pixels.contiguous().view(_COPIED)).view(x.dtype).permute(0, 3, 1, 2)
 
@@ -146,7 +145,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def prefers_int8_conv2d(x: Tensor, *arguments: Any, **geometry: Any) -> bool:
     """Whether the op that takes these arguments serves, asked for no gradient, and was measured to be the faster."""
-    if not _serves(x) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not _serves(x) or not _inferring():
         return False
     from tintype_kernels.ops.int8_conv2d import is_preferred
 
@@ -322,18 +321,24 @@ def _serves(x: Tensor) -> bool:
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module], x: Any) -> bool:
     """Whether a GPU's library may do what the layer, with its bias, does: nobody watches or asks for a gradient."""
-    watched = layer._forward_hooks or layer._forward_pre_hooks
-    known = type(layer) is kind and layer.bias is not None and not watched
-    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return known and inference and isinstance(x, Tensor) and x.element_size() == 2 and _serves(x)
+    known = type(layer) is kind and layer.bias is not None and not _is_watched(layer)
+    return known and _inferring() and isinstance(x, Tensor) and x.element_size() == 2 and _serves(x)
 
 
 def _may_stack(layers: Sequence[nn.Module], x: Tensor | QuantizedRows) -> bool:
     """Whether a GPU may do what layers do in one of another's: nobody watches or asks for a gradient."""
-    watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-    if watched or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if any(map(_is_watched, layers)) or not _inferring():
         return False
     return _serves(x if isinstance(x, Tensor) else x.codes)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _inferring() -> bool:
+    """Whether nobody asks for a gradient or traces."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _codes_for(x: Tensor, readers: Readers) -> str:
@@ -357,7 +362,7 @@ def _take_pictures(x: Tensor, readers: Readers) -> bool:
 def _on_cpu(x: Tensor) -> bool:
     """Whether the native kernel takes x and is worth the call; tracers see PyTorch's own operators."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= _LARGE
-    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return plain and _inferring()
 
 
 def _differentiable(*tensors: Tensor) -> bool:

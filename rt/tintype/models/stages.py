@@ -19,7 +19,7 @@ joins what they give. Latents are scaled to the unit variance that the denoiser 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal
 
@@ -35,8 +35,6 @@ from tintype.models.t5 import T5Encoder
 from tintype.models.unet import UNet
 
 Hidden = Literal["last", "penultimate"]
-# Of latents and times: the model's output, and the unconditional one where it is guided.
-Outputs = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 _ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
 STEPS = {"step": False, "guided_step": True}
 
@@ -196,7 +194,9 @@ class StepStage(Stage):
     def forward(
         self, sample: Tensor, history: Tensor, row: Tensor, noise: Tensor, *told: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self._stepped(sample, history, row, noise, partial(self._outputs, told))
+        rows = _both(told) if self.guided else told
+        denoise = partial(self._denoised, rows)
+        return self._stepped(sample, history, row, noise, denoise)
 
     def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
         return self.denoise.remember(*(_both(told) if self.guided else told))
@@ -209,46 +209,37 @@ class StepStage(Stage):
         row: Tensor,
         noise: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        recall = partial(self.denoise.recall, remembered)
-        outputs = partial(_both_outputs, recall) if self.guided else partial(_output, recall)
-        return self._stepped(sample, history, row, noise, outputs)
+        denoise = partial(self.denoise.recall, remembered)
+        return self._stepped(sample, history, row, noise, denoise)
+
+    def _denoised(self, told: Sequence[Tensor], seen: Tensor, time: Tensor) -> Tensor:
+        if not (self.guided and self.apart):
+            return self.denoise(seen, time, *told)
+        halves = zip(*(rows.chunk(2) for rows in (seen, time, *told)), strict=True)
+        return torch.cat([self.denoise(*half) for half in halves])
 
     def _stepped(
-        self, sample: Tensor, history: Tensor, row: Tensor, noise: Tensor, outputs: Outputs
+        self,
+        sample: Tensor,
+        history: Tensor,
+        row: Tensor,
+        noise: Tensor,
+        denoise: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         time, c_in = row[:, 0], row[:, 1, None, None, None]
-        output, plain = outputs(c_in * sample, time)
+        seen, plain = c_in * sample, None
+        if self.guided:
+            both = denoise(torch.cat([seen, seen]), torch.cat([time, time]))
+            plain, output = both.chunk(2)
+        else:
+            output = denoise(seen, time)
         stepped, kept = scheduler_step(sample, output, plain, history.unbind(1), row[:, 2:], noise)
         return stepped, torch.cat([kept[:, None], history[:, :-1]], dim=1)
-
-    def _outputs(
-        self, told: tuple[Tensor, ...], seen: Tensor, time: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        if not self.guided:
-            return _output(lambda *given: self.denoise(*given, *told), seen, time)
-        if not self.apart:
-            rows = _both(told)
-            return _both_outputs(lambda *given: self.denoise(*given, *rows), seen, time)
-        plain, output = (
-            self.denoise(seen, time, *(pair[:, which] for pair in told)) for which in (0, 1)
-        )
-        return output, plain
 
 
 def _both(told: tuple[Tensor, ...]) -> list[Tensor]:
     """Pairs [n, 2, ...] as rows [2n, ...], the unconditional ones first."""
     return [pair.transpose(0, 1).flatten(0, 1) for pair in told]
-
-
-def _output(denoise: Callable[..., Tensor], seen: Tensor, time: Tensor) -> tuple[Tensor, None]:
-    return denoise(seen, time), None
-
-
-def _both_outputs(
-    denoise: Callable[..., Tensor], seen: Tensor, time: Tensor
-) -> tuple[Tensor, Tensor]:
-    plain, output = denoise(torch.cat([seen, seen]), torch.cat([time, time])).chunk(2)
-    return output, plain
 
 
 class DecodeStage(Stage):

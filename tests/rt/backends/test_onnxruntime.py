@@ -21,7 +21,7 @@ import memory_held
 from tintype.backends import compiled, onnxruntime
 from tintype.backends.onnxruntime_model import straightened
 from tintype.bundle import open_bundle
-from tiny_bundle import F32, WEIGHTS, constant, external_tensors, save, write_manifest
+from tiny_bundle import F32, WEIGHTS, constant, external_tensors, save, write_decoder
 from tolerances import TINY_GRAPH, relative_error
 
 WIDTH, LAYERS = 2048, 12
@@ -53,16 +53,8 @@ def write_layers(folder: Path, precision: str) -> np.ndarray:
     inputs, outputs = ([helper.make_tensor_value_info(name, F32, shape)] for name, shape in faces)
     external = external_tensors(folder / WEIGHTS, KINDS[precision])
     one = constant("one", 1, np.float32)
-    graph = save(folder, "decode/b1.onnx", (nodes, inputs, outputs, [one]), external, opset=19)
-    write_manifest(
-        folder,
-        precision=precision,
-        name="layers",
-        family="latent_unet",
-        stages={"decode": {"b1": graph}},
-        scheduler={},
-        defaults={},
-    )
+    save(folder, "decode/b1.onnx", (nodes, inputs, outputs, [one]), external, opset=19)
+    write_decoder(folder, precision)
     x = torch.from_numpy(latents()).double()
     for weight in weights.values():
         x = x @ weight.double()
@@ -124,8 +116,11 @@ def test_a_container_may_fill_less_than_the_machine_has(text, expected, tmp_path
     assert compiled.memory() == (expected or machine)
 
 
-def coded_layers(*, input_in_codes: bool = True) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """Two linear layers in codes, as exports write them, and one whose codes are read untransposed; their codes."""
+def coded_layers(
+    folder: Path, *, input_in_codes: bool = True
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Two linear layers in codes, as exports write them, and one whose codes are read untransposed; their codes,
+    which lie in a file of the folder."""
     random = np.random.default_rng(2)
     shapes = {"wide": (48, 32), "narrow": (16, 48), "square": (16, 16)}
     codes = {n: random.integers(-127, 128, shape, np.int8) for n, shape in shapes.items()}
@@ -154,16 +149,9 @@ def coded_layers(*, input_in_codes: bool = True) -> tuple[onnx.ModelProto, dict[
         nodes.append(helper.make_node("MatMul", [before, weight], [x]))
     faces = ("latents", [4, 32]), ("image", [4, 16])
     inputs, outputs = ([helper.make_tensor_value_info(name, F32, shape)] for name, shape in faces)
-    external = [
-        TensorProto(name=n, data_type=TensorProto.INT8, dims=c.shape) for n, c in codes.items()
-    ]
-    offset = 0
-    for tensor in external:
-        tensor.data_location = TensorProto.EXTERNAL
-        length = codes[tensor.name].nbytes
-        for key, value in {"location": "codes", "offset": offset, "length": length}.items():
-            tensor.external_data.add(key=key, value=str(value))
-        offset += length
+    (folder / "weights").mkdir()
+    save_file({n: torch.from_numpy(c) for n, c in codes.items()}, folder / WEIGHTS)
+    external = external_tensors(folder / WEIGHTS, TensorProto.INT8).values()
     graph = helper.make_graph(
         nodes, "layers", inputs, outputs, [*constants, *external], value_info=described
     )
@@ -184,9 +172,9 @@ def computed(model: onnx.ModelProto, codes: dict[str, np.ndarray]) -> np.ndarray
     return session.run(None, {"latents": inputs})[0]
 
 
-def test_codes_of_linear_layers_are_turned_and_the_graph_says_the_same() -> None:
-    model, codes = coded_layers()
-    graph, turned = straightened(model.SerializeToString(), lambda tensor: codes[tensor.name])
+def test_codes_of_linear_layers_are_turned_and_the_graph_says_the_same(tmp_path) -> None:
+    model, codes = coded_layers(tmp_path)
+    graph, turned = straightened(model.SerializeToString(), lambda tensor: codes[tensor.name].T)
     assert {name: found.shape for name, found in turned.items()} == {
         "wide": (32, 48), "narrow": (48, 16)
     }  # fmt: skip
@@ -197,43 +185,35 @@ def test_codes_of_linear_layers_are_turned_and_the_graph_says_the_same() -> None
     assert np.array_equal(computed(found, codes | turned), computed(model, codes))
 
 
-def test_codes_of_layers_whose_input_is_in_numbers_stay_as_they_are() -> None:
-    model, codes = coded_layers(input_in_codes=False)
+def test_codes_of_layers_whose_input_is_in_numbers_stay_as_they_are(tmp_path) -> None:
+    model, codes = coded_layers(tmp_path, input_in_codes=False)
     graph = model.SerializeToString()
-    assert straightened(graph, lambda tensor: codes[tensor.name]) == (graph, {})
+    assert straightened(graph, lambda tensor: codes[tensor.name].T) == (graph, {})
 
 
 @pytest.mark.parametrize("reader", ["DequantizeLinear", "Transpose"])
-def test_codes_that_something_else_reads_stay_as_they_are(reader) -> None:
-    model, codes = coded_layers()
+def test_codes_that_something_else_reads_stay_as_they_are(tmp_path, reader) -> None:
+    model, codes = coded_layers(tmp_path)
     given = {
         "DequantizeLinear": ["wide", "wide scales", "wide zeros"],
         "Transpose": ["wide numbers"],
     }[reader]
     how = {"axis": 0} if reader == "DequantizeLinear" else {"perm": [0, 1]}
     model.graph.node.append(helper.make_node(reader, given, ["beside"], **how))
-    _, turned = straightened(model.SerializeToString(), lambda tensor: codes[tensor.name])
+    _, turned = straightened(model.SerializeToString(), lambda tensor: codes[tensor.name].T)
     assert turned.keys() == {"narrow"}
 
 
 def test_turned_codes_live_as_long_as_the_session_that_reads_them(tmp_path, monkeypatch) -> None:
     """onnxruntime reads them where they lie and holds no reference."""
-    model, codes = coded_layers()
-    (tmp_path / "weights").mkdir()
+    model, codes = coded_layers(tmp_path)
     (tmp_path / "decode").mkdir()
-    save_file({n: torch.from_numpy(c) for n, c in codes.items()}, tmp_path / WEIGHTS)
-    external = external_tensors(tmp_path / WEIGHTS, TensorProto.INT8)
-    for tensor in model.graph.initializer:
-        if tensor.name in external:
-            tensor.CopyFrom(external[tensor.name])
     (tmp_path / "decode/b1.onnx").write_bytes(model.SerializeToString())
-    stages = {"decode": {"b1": "decode/b1.onnx"}}
-    parts = {"family": "latent_unet", "stages": stages, "scheduler": {}, "defaults": {}}
-    write_manifest(tmp_path, precision="int8", name="layers", **parts)
+    write_decoder(tmp_path, "int8")
     alive = []
 
-    def noted(graph, find):
-        new, turned = straightened(graph, find)
+    def noted(graph, turn):
+        new, turned = straightened(graph, turn)
         alive.extend(map(weakref.ref, turned.values()))
         return new, turned
 

@@ -15,7 +15,7 @@ import memory_held
 from tintype.backends import onnx_weights
 from tintype.backends.graphs import MappedWeights
 from tintype.bundle import open_bundle
-from tiny_bundle import F32, WEIGHTS, external_tensors, save, write_manifest
+from tiny_bundle import F32, WEIGHTS, external_tensors, save, write_decoder
 from tolerances import TINY_GRAPH, relative_error
 
 ov = pytest.importorskip("openvino")
@@ -54,16 +54,8 @@ def write_layers(folder: Path, precision: str) -> torch.Tensor:
     faces = ("latents", [4, WIDTH]), ("image", [1, WIDTH // 4, 2, 2])
     inputs, outputs = ([helper.make_tensor_value_info(name, F32, shape)] for name, shape in faces)
     external = external_tensors(folder / WEIGHTS, KINDS[precision])
-    graph = save(folder, "decode/b1.onnx", (nodes, inputs, outputs, [square]), external)
-    write_manifest(
-        folder,
-        precision=precision,
-        name="layers",
-        family="latent_unet",
-        stages={"decode": {"b1": graph}},
-        scheduler={},
-        defaults={},
-    )
+    save(folder, "decode/b1.onnx", (nodes, inputs, outputs, [square]), external)
+    write_decoder(folder, precision)
     x = latents().double()
     mixed = (x @ stored["linear"].double()).reshape(1, WIDTH, 2, 2)
     return torch.nn.functional.conv2d(mixed, stored["convolution"].double(), padding=1)
