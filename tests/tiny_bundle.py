@@ -198,5 +198,5 @@ def save(folder, relative, parts, external, opset=18):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     path = folder / relative
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(model.SerializeToString())
+    path.write_bytes(onnx.shape_inference.infer_shapes(model).SerializeToString())
     return relative

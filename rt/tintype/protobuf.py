@@ -10,11 +10,18 @@ _VARINT, _EIGHT_BYTES, SIZED, _FOUR_BYTES = 0, 1, 2, 5
 
 
 class Field(NamedTuple):
-    """One field of a message: its number, its bytes where it is sized, and all that it is written as."""
+    """One field of a message: its number, its bytes where it is sized, and where in the message it is written."""
 
     number: int
     payload: memoryview | None
-    whole: memoryview
+    message: memoryview
+    begin: int
+    end: int
+
+    @property
+    def whole(self) -> memoryview:
+        """All that it is written as."""
+        return self.message[self.begin : self.end]
 
     @property
     def float32(self) -> float:
@@ -24,15 +31,13 @@ class Field(NamedTuple):
 
 def fields(message: memoryview) -> Iterator[Field]:
     """Every field in its order; IndexError where the message is cut off or none."""
-    position = 0
-    while position < len(message):
+    position, length = 0, len(message)
+    while position < length:
         begin = position
         tag, position = varint(message, position)
         kind, payload = tag & 7, None
         if kind == SIZED:
             size, position = varint(message, position)
-            if position + size > len(message):
-                raise IndexError("a field is longer than its message")
             payload = message[position : position + size]
             position += size
         elif kind == _VARINT:
@@ -41,7 +46,9 @@ def fields(message: memoryview) -> Iterator[Field]:
             position += 8 if kind == _EIGHT_BYTES else 4
         else:
             raise IndexError(f"field of unknown kind {kind}")
-        yield Field(tag >> 3, payload, message[begin:position])
+        if position > length:
+            raise IndexError("a field is longer than its message")
+        yield Field(tag >> 3, payload, message, begin, position)
 
 
 def payloads(message: memoryview, number: int) -> Iterator[memoryview]:
@@ -73,14 +80,17 @@ def varints(message: memoryview, number: int) -> Iterator[int]:
 
 def varint(message: memoryview, position: int) -> tuple[int, int]:
     """The number at a position, and the position behind it."""
-    value = shift = 0
-    while True:
+    byte = message[position]
+    position += 1
+    if byte < 0x80:  # as nearly all are
+        return byte, position
+    value, shift = byte & 0x7F, 7
+    while byte >= 0x80:
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
         shift += 7
+    return value, position
 
 
 def sized(number: int, payload: bytes) -> bytes:

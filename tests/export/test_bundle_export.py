@@ -13,7 +13,9 @@ import torch
 import original_layout
 import tintype
 from small_checkpoints import save, save_smallest
-from tintype.bundle import describe
+from tintype.backends.graphs import read_graph
+from tintype.backends.remembering import parted
+from tintype.bundle import describe, open_bundle
 from tintype.errors import BundleError, CheckpointError, ProfileError
 from tintype_export import bundle as exporting
 from tintype_export.bundle import ExportConfig, export_bundle
@@ -65,6 +67,15 @@ def test_graphs_hold_no_weights_and_point_into_the_checkpoints_files(exported):
             t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL
         ]
         assert sum(len(t.raw_data) for t in inside) < weights / 20
+
+
+def test_what_a_picture_tells_can_be_cut_out_of_every_denoisers_graph(exported):
+    bundle = open_bundle(exported[1])
+    pooled = {"text_embeds", "time_ids"} if "encode_2" in bundle.stages else set()
+    for stage in ("denoise", "step", "guided_step"):
+        for file in bundle.stages[stage].values():
+            parts = parted(read_graph(bundle, file))
+            assert parts.told == parts.unread == {"encoder_hidden_states"} | pooled
 
 
 def test_the_report_in_the_manifest_covers_every_graph(exported):

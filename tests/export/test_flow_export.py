@@ -10,6 +10,8 @@ import pytest
 
 import small_flow_checkpoints as small
 import tintype
+from tintype.backends.graphs import read_graph
+from tintype.backends.remembering import parted
 from tintype.bundle import open_bundle
 from tintype.errors import ProfileError
 from tintype_export.bundle import ExportConfig, export_bundle
@@ -60,6 +62,14 @@ def test_a_bundle_has_every_stage_and_its_report_every_graph(exported):
     report = bundle.provenance["verification"]
     graphs = {(stage, profile) for stage, profiles in bundle.stages.items() for profile in profiles}
     assert {(row["stage"], row["profile"]) for row in report["stages"]} == graphs
+
+
+def test_what_a_picture_tells_can_be_cut_out_of_the_graph(exported):
+    _, folder, kind, _ = exported
+    bundle = open_bundle(folder)
+    parts = parted(read_graph(bundle, next(iter(bundle.stages["denoise"].values()))))
+    guidance = {"guidance"} if kind == "flux-dev" else set()
+    assert parts.unread == {"encoder_hidden_states", "text_embeds"} | guidance
 
 
 @in_float32

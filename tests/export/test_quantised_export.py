@@ -16,6 +16,8 @@ from torch import nn
 import tintype
 from remembered_traces import GUIDED, remembered_trace
 from small_checkpoints import save_smallest
+from tintype.backends.graphs import read_graph
+from tintype.backends.remembering import parted
 from tintype.bundle import open_bundle
 from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.files import Weights
@@ -166,6 +168,12 @@ def test_queries_and_keys_of_int8_are_multiplied_as_codes(exported):
         multiplied(onnx.load(folder / "denoise/16x16-b2.onnx", load_external_data=False).graph)
     )
     assert all((pair in found) == (precision == "int8") for pair in pairs)
+
+
+def test_what_a_picture_tells_can_be_cut_out_of_graphs_in_codes(exported):
+    bundle = open_bundle(exported[0])
+    parts = parted(read_graph(bundle, bundle.stages["denoise"]["16x16-b2"]))
+    assert parts.unread == {"encoder_hidden_states"}
 
 
 def multiplied(graph):

@@ -23,7 +23,8 @@ _FIELDS = {
     "tensor": {13: "entry"},
 }
 _EXTERNAL_DATA = 13
-GRAPH, INITIALIZER, _OUTPUT, _NAME = 7, 5, 12, 1  # of a model, a graph, a value's description
+GRAPH = 7  # of a model
+INITIALIZER, INPUT, OUTPUT, _NAME = 5, 11, 12, 1  # of a graph, and of a value's description
 DIMS, _DATA_TYPE, TENSOR_NAME = 1, 2, 8  # of a tensor
 INT8 = 3  # as onnx.proto numbers types
 # What onnxruntime writes in place of a file's name where the offset is an address, and others have learned to read.
@@ -79,7 +80,7 @@ def read_from_memory(graph: bytes, place: Place) -> bytes:
 def output_names(graph: bytes) -> list[str]:
     """What a graph calls its outputs, in its order."""
     graphs = payloads(memoryview(graph), GRAPH)
-    infos = (info for each in graphs for info in payloads(each, _OUTPUT))
+    infos = (info for each in graphs for info in payloads(each, OUTPUT))
     return [name for info in infos for name in texts(info, _NAME)]
 
 

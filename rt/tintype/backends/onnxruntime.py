@@ -16,6 +16,7 @@ from tintype.backends.compiled import Compiled, cores, memory, one_line
 from tintype.backends.graphs import MappedWeights, graph_file, read_graph
 from tintype.backends.onnx_weights import INT8, ExternalTensor, weight_files
 from tintype.backends.onnxruntime_model import straightened
+from tintype.backends.remembering import InTwo, Memory, opened
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype.protobuf import counted, sized
@@ -80,6 +81,7 @@ class OnnxRuntimeBackend(OneType):
         self._on_host = self._provider == _PROVIDERS["cpu"]
         self.batch_invariant = self._on_host if batch_invariant is None else batch_invariant
         self._sessions = Compiled(self._open)
+        self._memory = Memory()
         # By where a file has them; sessions read them here and hold no reference.
         self._turned: dict[tuple[str, int], NDArray[np.int8]] = {}
 
@@ -94,9 +96,7 @@ class OnnxRuntimeBackend(OneType):
         self._sessions.begin((stage, profile))
 
     def run(self, stage: str, profile: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        session = self._sessions.get((stage, profile))
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        return self._memory.run(self._sessions.get((stage, profile)), inputs, _run)
 
     def place(self, array: NDArray[Any]) -> Any:
         if self._on_host:
@@ -106,7 +106,11 @@ class OnnxRuntimeBackend(OneType):
     def run_placed(self, stage: str, profile: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self._on_host:
             return self.run(stage, profile, inputs)
-        session = self._sessions.get((stage, profile))
+        return self._memory.run(self._sessions.get((stage, profile)), inputs, self._run_bound)
+
+    def _run_bound(
+        self, session: ort.InferenceSession, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
         names = [output.name for output in session.get_outputs()]
         binding = session.io_binding()
         for name, value in inputs.items():
@@ -120,8 +124,18 @@ class OnnxRuntimeBackend(OneType):
         array: NDArray[np.float32] = placed if self._on_host else placed.numpy()
         return array
 
-    def _open(self, key: tuple[str, str]) -> ort.InferenceSession:
+    def _open(self, key: tuple[str, str]) -> InTwo[ort.InferenceSession]:
         relative = graph_file(self.bundle.stages, *key)
+        graph = read_graph(self.bundle, relative)
+        fills = self._on_host and self._fills_memory(graph)
+        try:
+            return opened(graph, lambda part: self._session(part, fills_memory=fills))
+        except Exception as error:  # onnxruntime's own classes share no public base
+            raise BundleError(
+                f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
+            ) from error
+
+    def _session(self, graph: bytes, *, fills_memory: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = cores()
         # From the second run on it would hold a plan's memory beside what the first run took, and be no faster.
@@ -135,9 +149,8 @@ class OnnxRuntimeBackend(OneType):
         )
         for name, value in _ENTRIES.get(self.bundle.precision, {}).items():
             options.add_session_config_entry(name, value)
-        graph = read_graph(self.bundle, relative)
         unfused = [*_UNFUSED.get(self.bundle.precision, ())]
-        if self._on_host and self._fills_memory(graph):
+        if fills_memory:
             # Each run widens them then, each before it is used and not all at its beginning.
             unfused.append("ConstantFolding")
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
@@ -147,14 +160,9 @@ class OnnxRuntimeBackend(OneType):
             changed |= {name: _value(turned, INT8) for name, turned in codes.items()}
         if changed:
             options.add_external_initializers([*changed], [*changed.values()])
-        try:
-            return ort.InferenceSession(
-                graph, options, providers=[self._provider], disabled_optimizers=unfused
-            )
-        except Exception as error:  # onnxruntime's own classes share no public base
-            raise BundleError(
-                f"{self.bundle.folder}: {relative} does not load: {one_line(error)}"
-            ) from error
+        return ort.InferenceSession(
+            graph, options, providers=[self._provider], disabled_optimizers=unfused
+        )
 
     def _turned_codes(self, tensor: ExternalTensor) -> NDArray[np.int8]:
         """[in, out], of codes that files have as [out, in]: once, however many sessions read them."""
@@ -171,6 +179,11 @@ class OnnxRuntimeBackend(OneType):
             return False
         stored = sum(self.bundle.path(file).stat().st_size for file in weight_files(graph))
         return _WIDENED[self.bundle.precision] * stored > _LARGEST_SHARE * memory()
+
+
+def _run(session: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
 def _changed(graph: bytes, updated: UpdatedWeights) -> Iterator[tuple[str, ort.OrtValue]]:

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tintype.backends.onnx_nodes import (
+    ATTRIBUTE_INT,
+    ATTRIBUTE_TYPE,
+    DESCRIBED,
+    NAME,
+    NODE,
+    NODE_ATTRIBUTE,
+    NODE_KIND,
+    Node,
+    inner_graph,
+    read_node,
+    with_graph,
+)
 from tintype.backends.onnx_weights import (
     DIMS,
-    GRAPH,
     INITIALIZER,
     INT8,
     TENSOR_NAME,
@@ -26,21 +37,8 @@ from tintype.backends.onnx_weights import (
 from tintype.protobuf import counted, fields, payloads, sized, texts, varints
 
 Codes = NDArray[np.int8]
-_NODE, _DESCRIBED = 1, 13  # of a graph
-_INPUT, _OUTPUT, _KIND, _ATTRIBUTE = 1, 2, 4, 5  # of a node
-_NAME, _INT, _INTS, _TYPE = 1, 3, 8, 20  # of an attribute; the first of a description, too
 _IS_INT = 2  # an attribute's type
 _SCALING = "DequantizeLinear"
-
-
-@dataclass(frozen=True)
-class _Node:
-    """What is read of a node; attributes as their numbers."""
-
-    kind: str
-    inputs: list[str]
-    outputs: list[str]
-    attributes: dict[str, list[int]]
 
 
 def straightened(
@@ -55,32 +53,18 @@ def straightened(
         for tensor in external_tensors(graph)
         if tensor.data_type == INT8 and len(tensor.shape) == 2
     }
-    (inner,) = payloads(memoryview(graph), GRAPH)
-    nodes = [_read(node) for node in payloads(inner, _NODE)]
+    inner = inner_graph(graph)
+    nodes = [read_node(message) for message in payloads(inner, NODE)]
     turned = dict(_turned(nodes, tensors))
     if not turned:
         return graph, {}
     changed = {number: nodes[number] for numbers in turned.values() for number in numbers}
-    parts = [
-        sized(GRAPH, _rewritten(inner, turned.keys(), changed))
-        if each.number == GRAPH
-        else each.whole
-        for each in fields(memoryview(graph))
-    ]
-    return b"".join(parts), {name: turn(tensors[name]) for name in turned}
-
-
-def _read(message: memoryview) -> _Node:
-    attributes = {}
-    for attribute in payloads(message, _ATTRIBUTE):
-        (name,) = texts(attribute, _NAME)
-        attributes[name] = [*varints(attribute, _INT), *varints(attribute, _INTS)]
-    (kind,) = texts(message, _KIND)
-    return _Node(kind, [*texts(message, _INPUT)], [*texts(message, _OUTPUT)], attributes)
+    rewritten = _rewritten(inner, turned.keys(), changed)
+    return with_graph(graph, rewritten), {name: turn(tensors[name]) for name in turned}
 
 
 def _turned(
-    nodes: list[_Node], tensors: Mapping[str, ExternalTensor]
+    nodes: list[Node], tensors: Mapping[str, ExternalTensor]
 ) -> Iterator[tuple[str, list[int]]]:
     """Names of codes of products of codes, each read by one scaling alone, whose numbers nothing reads untransposed;
     with the places of these nodes."""
@@ -106,15 +90,15 @@ def _turned(
             yield name, [*scalings, *behind]
 
 
-def _scales_rows(node: _Node) -> bool:
-    return node.kind == _SCALING and node.attributes.get("axis") == [0]
+def _scales_rows(node: Node) -> bool:
+    return node.kind == _SCALING and node.numbers.get("axis") == [0]
 
 
-def _transposes(node: _Node) -> bool:
-    return node.kind == "Transpose" and node.attributes.get("perm") == [1, 0]
+def _transposes(node: Node) -> bool:
+    return node.kind == "Transpose" and node.numbers.get("perm") == [1, 0]
 
 
-def _rewritten(graph: memoryview, names: Collection[str], changed: Mapping[int, _Node]) -> bytes:
+def _rewritten(graph: memoryview, names: Collection[str], changed: Mapping[int, Node]) -> bytes:
     """The graph's message with the dimensions of named tensors and the axes of numbered nodes the other way round."""
     undescribed = {node.outputs[0] for node in changed.values()}
     parts: list[bytes | memoryview] = []
@@ -123,24 +107,26 @@ def _rewritten(graph: memoryview, names: Collection[str], changed: Mapping[int, 
         new: bytes | memoryview = each.whole
         if each.payload is None:
             pass
-        elif each.number == _NODE:
+        elif each.number == NODE:
             new = _other_axes(each.payload, changed[number]) if number in changed else new
             number += 1
         elif each.number == INITIALIZER and next(texts(each.payload, TENSOR_NAME)) in names:
             new = _other_dimensions(each.payload)
-        elif each.number == _DESCRIBED and next(texts(each.payload, _NAME)) in undescribed:
+        elif each.number == DESCRIBED and next(texts(each.payload, NAME)) in undescribed:
             continue
         parts.append(new)
     return b"".join(parts)
 
 
-def _other_axes(message: memoryview, node: _Node) -> bytes:
+def _other_axes(message: memoryview, node: Node) -> bytes:
     """A scaling of rows as one of columns, a transposition as none."""
-    axis = sized(_NAME, b"axis") + counted(_INT, 1) + counted(_TYPE, _IS_INT)
-    kind = sized(_KIND, (_SCALING if _scales_rows(node) else "Identity").encode())
-    told = [kind, sized(_ATTRIBUTE, axis)] if _scales_rows(node) else [kind]
-    kept = (each.whole for each in fields(message) if each.number not in (_KIND, _ATTRIBUTE))
-    return sized(_NODE, b"".join([*kept, *told]))
+    axis = sized(NAME, b"axis") + counted(ATTRIBUTE_INT, 1) + counted(ATTRIBUTE_TYPE, _IS_INT)
+    kind = sized(NODE_KIND, (_SCALING if _scales_rows(node) else "Identity").encode())
+    told = [kind, sized(NODE_ATTRIBUTE, axis)] if _scales_rows(node) else [kind]
+    kept = (
+        each.whole for each in fields(message) if each.number not in (NODE_KIND, NODE_ATTRIBUTE)
+    )
+    return sized(NODE, b"".join([*kept, *told]))
 
 
 def _other_dimensions(tensor: memoryview) -> bytes:

@@ -140,7 +140,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         if op.is_preferred(q, k, v):
             return op.attention(q, k, v)
+    if torch.compiler.is_exporting():
+        return _plain_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as engines know it best: q alone is scaled, and k, split into heads, turned by one transposition.
+
+    What PyTorch makes of it scales both, and turns k three times.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1) @ v
 
 
 def prefers_int8_conv2d(x: Tensor, *arguments: Any, **geometry: Any) -> bool:

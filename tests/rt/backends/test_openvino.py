@@ -159,15 +159,15 @@ def test_a_graph_that_does_not_load_is_named_in_one_line(tiny_copy, bad):
 )
 def test_a_stage_that_overflows_in_16_bits_runs_again_in_float32(backend, monkeypatch, dtype, met):
     expected = backend.run("denoise", "32x32-b1", denoise_inputs())["model_output"]
-    graph_of = backend._graphs.get
+    run = backend._run
 
-    class Overflown:
-        def run(self, inputs):
-            return {"model_output": np.full_like(expected, met)}
+    def overflown(key, inputs):
+        if key.dtype == "float32":
+            return run(key, inputs)
+        return {"model_output": np.full_like(expected, met)}
 
     backend.dtype = dtype
-    broken = {dtype: lambda key: Overflown(), "float32": graph_of}
-    monkeypatch.setattr(backend._graphs, "get", lambda key: broken[key.dtype](key))
+    monkeypatch.setattr(backend, "_run", overflown)
     with pytest.warns(RuntimeWarning, match=f"stage denoise met NaN or infinity in {dtype}"):
         actual = backend.run("denoise", "32x32-b1", denoise_inputs())["model_output"]
     np.testing.assert_array_equal(actual, expected)
@@ -230,10 +230,25 @@ def test_a_profile_that_is_not_there_is_refused(backend):
         backend.run("denoise", "9x9-b1", denoise_inputs())
 
 
-def test_inputs_of_another_shape_are_refused_in_one_line(backend):
-    inputs = denoise_inputs() | {"sample": np.zeros((1, 4, 5, 4), np.float32)}
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"sample": np.zeros((1, 4, 5, 4), np.float32)},
+            r"sample is float32 of shape \[1, 4, 5, 4\] where the graph has float32 of shape \[1, 4, 4, 4\]",
+        ),
+        ({"timestep": np.array([1j])}, "timestep is complex128 of shape .* has float32"),
+        ({"timesteps": np.ones(1, np.float32)}, "timesteps is none of .*timestep"),
+        ({"sample": None}, "missing is sample"),
+    ],
+    ids=["shape", "type", "name", "missing"],
+)
+def test_inputs_that_are_not_the_graphs_are_refused_in_one_line(backend, changed, said):
+    inputs = {
+        name: array for name, array in (denoise_inputs() | changed).items() if array is not None
+    }
     with pytest.raises(
-        RequestError, match="openvino does not take these inputs: .*shape"
+        RequestError, match=f"openvino does not take these inputs: {said}"
     ) as raised:
         backend.run("denoise", "32x32-b1", inputs)
     assert len(str(raised.value).splitlines()) == 1

@@ -14,6 +14,7 @@ import pytest
 import tintype
 from tintype.backends import cuda_driver
 from tintype.backends import tensorrt as module
+from tintype.backends.graphs import read_graph
 from tintype.backends.onnx_weights import ExternalTensor
 from tintype.backends.onnxruntime import OnnxRuntimeBackend
 from tintype.backends.tensorrt import TensorRtBackend, matching_engines
@@ -53,7 +54,8 @@ class PlayedEngine:
     """TensorRT's engine and its context at once, whose file names the graph that onnxruntime runs for it."""
 
     def __init__(self, runner, stage, profile):
-        self.session = runner._sessions.get((stage, profile))
+        graph = read_graph(runner.bundle, runner.bundle.stages[stage][profile])
+        self.session = runner._session(graph, fills_memory=False)
         self.ports = [*self.session.get_inputs(), *self.session.get_outputs()]
         self.num_io_tensors, self.addresses = len(self.ports), {}
 
