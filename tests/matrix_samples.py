@@ -57,6 +57,11 @@ ATTENTION = [
     Sample("attention", "peaked", _attention(1, 1, 20, 40, 64, spread=2.0), _SETS),
 ]  # fmt: skip
 
+# Wider than any kernel holds: what the form by products takes.
+WIDE = [
+    Sample("attention", "320 wide", _attention(2, 2, 37, 70, 320), _SETS),
+    Sample("attention", "512 wide, peaked, scale", _attention(1, 1, 20, 40, 512, spread=1.5, scale=0.05), _SETS),
+]  # fmt: skip
 WITH_ROLES = {"64, whole blocks", "128", "128, rest", "peaked"}  # what that form of attention takes
 
 

@@ -107,9 +107,11 @@ class TorchOp:
         if name not in self.implementations:
             return f"{self.name} has no {name} form"
         general = _native_obstacle(tensor) if name == "native" else _triton_obstacle(tensor)
-        if general or name not in self.obstacles:
-            return general
-        return self.obstacles[name](*arguments)
+        return general or self.obstacle_of(name, arguments)
+
+    def obstacle_of(self, name: str, arguments: tuple[Any, ...]) -> str:
+        """Why an implementation cannot take these arguments, wherever they lie, or nothing."""
+        return self.obstacles[name](*arguments) if name in self.obstacles else ""
 
 
 def _is_plain(arguments: tuple[Any, ...]) -> bool:

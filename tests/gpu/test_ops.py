@@ -18,7 +18,7 @@ from kernel_checks import (
     is_floating,
     norm_error,
 )
-from matrix_samples import ATTENTION, CONVOLUTION, LINEAR, WITH_ROLES
+from matrix_samples import ATTENTION, CONVOLUTION, LINEAR, WIDE, WITH_ROLES
 from tintype_kernels import NoiseKey, Row, activate_quantized, group_norm_silu, scheduler_step
 from tintype_kernels.ahead_of_time import op_modules
 from tintype_kernels.ops import (
@@ -88,6 +88,14 @@ def test_attention_with_roles_at_real_sizes(batch, heads, queries, keys, dim):
         norm_error(found, attention.reference(q.float(), k.float(), v.float()))
         < KERNEL_NORM["bfloat16"]
     )
+
+
+@pytest.mark.parametrize("sample", WIDE, ids=lambda s: s.label)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_of_wide_heads_by_products(sample, dtype):
+    with forced("triton_products"), torch.no_grad():
+        check_values(sample, dtype, "cuda")
+        check_same_bits_in_any_batch(sample, dtype, "cuda")
 
 
 ROWS = [m for m in op_modules() if isinstance(getattr(m, "OP", None), RowsOp)]

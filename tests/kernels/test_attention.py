@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernel_checks import check_values, check_values_and_gradients, forced, norm_error, normal
-from matrix_samples import ATTENTION, WITH_ROLES
+from kernel_checks import (
+    check_same_bits_in_any_batch,
+    check_values,
+    check_values_and_gradients,
+    forced,
+    norm_error,
+    normal,
+)
+from matrix_samples import ATTENTION, WIDE, WITH_ROLES
 from tintype_kernels import KernelUnavailable, attention
 from tintype_kernels.ops import attention as op
 from tolerances import KERNEL_FORMULA
@@ -66,6 +73,31 @@ def test_each_of_tritons_forms_equals_the_reference(sample, form, check, monkeyp
     with forced(form):
         check(sample, torch.float16, "cpu")
     assert ran == [form]
+
+
+@pytest.mark.parametrize("slice_of_queries", [4096, 16])
+@pytest.mark.parametrize("sample", WIDE, ids=lambda s: s.label)
+def test_wide_heads_by_products_equal_the_reference(sample, slice_of_queries, monkeypatch):
+    monkeypatch.setattr(op.attention_products, "_QUERIES", slice_of_queries)
+    with forced("triton_products"), torch.no_grad():
+        check_values(sample, torch.float16, "cpu")
+        check_same_bits_in_any_batch(sample, torch.float16, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "obstacle"),
+    [
+        ({"key_lengths": torch.tensor([3, 4], dtype=torch.int32)}, "one set of keys, of which all count"),
+        ({name: torch.zeros(2, 3, 7, 320) for name in "qkv"}, "q is torch.float32 with 320 a head"),
+        ({name: torch.zeros(2, 3, 7, 256).half() for name in "qkv"}, "with 256 a head, and .* more than 256"),
+        ({"q": torch.zeros(2, 3, 7, 320).half().requires_grad_()}, "keeps nothing for a gradient"),
+        ({name: torch.zeros(2, 3, 16385, 320).half() for name in "kv"}, "a row of 16385 elements"),
+    ],
+)  # fmt: skip
+def test_the_form_by_products_says_what_it_cannot_take(change, obstacle):
+    arguments = {**{name: torch.zeros(2, 3, 7, 320).half() for name in "qkv"}, **change}
+    with forced("triton_products"), pytest.raises(KernelUnavailable, match=obstacle):
+        attention(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tintype_kernels.ops import attention_roles
+from tintype_kernels.ops import attention_products, attention_roles
 from tintype_kernels.ops.attention_backward import empty_gradients, triton_backward
 from tintype_kernels.ops.attention_forward import LOG2_E, WIDEST, empty_outputs, triton_forward
 from tintype_kernels.torch_op import TorchOp, check, check_floating, describe, public, wide
@@ -102,8 +102,14 @@ def _triton_obstacle(*arguments: Any) -> str:
 
 FORWARD = TorchOp(
     "attention", fake=empty_outputs, reference=_reference_forward, triton=triton_forward,
-    variants={"triton_roles": attention_roles.roles_forward},
-    obstacles={"triton": _triton_obstacle, "triton_roles": attention_roles.obstacle}, unmeasured="reference",
+    variants={
+        "triton_roles": attention_roles.roles_forward, "triton_products": attention_products.products_forward
+    },
+    obstacles={
+        "triton": _triton_obstacle, "triton_roles": attention_roles.obstacle,
+        "triton_products": attention_products.obstacle,
+    },
+    unmeasured="reference",
 )  # fmt: skip
 BACKWARD = TorchOp(
     "attention_backward", fake=empty_gradients, reference=_reference_backward,
@@ -210,6 +216,7 @@ _SIZES = {
     "SDXL 1024, cross": (10, 4096, 77, 64),
     "SD3 1024, joint": (24, 4250, 4250, 64),
     "FLUX 1024, joint": (24, 4608, 4608, 128),
+    "decoder 1024, 512 wide": (1, 16384, 16384, 512),
 }
 
 
