@@ -158,6 +158,16 @@ def denoise_graph(batch, height, width):
     return nodes, inputs, outputs, constants
 
 
+def denoise_inputs(seed=0):
+    """What the denoiser takes for a row of the first size."""
+    rng = np.random.default_rng(seed)
+    return {
+        "sample": rng.standard_normal((1, 4, 4, 4), np.float32),
+        "timestep": np.array([500.0], np.float32),
+        "encoder_hidden_states": rng.standard_normal((1, 77, WIDTH), np.float32),
+    }
+
+
 def decode_graph(height, width):
     """Each latent paints its own 8x8 block of colours."""
     nodes = [

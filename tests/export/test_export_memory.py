@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 import memory_held
 from tintype_bench import random_weights
 from tintype_bench.shapes import find_shape
+from tintype_export.calibration import give_back_memory
 
 NARROW = {
     "attention_head_dim": 128,
@@ -85,3 +87,17 @@ def test_no_more_than_a_shard_and_its_result_is_held(source: Path, tmp_path: Pat
     print(told, "shards", shards, "written", written)
     assert len(shards) == len(written) > 1
     assert told["held"] < min(max(shards) + max(written), 0.7 * sum(written))
+
+
+@memory_held.told
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="another C library returns it by itself"
+)
+def test_memory_that_was_freed_between_what_is_kept_is_given_back():
+    before = memory_held.held()
+    pairs = [(torch.ones(30_000), torch.ones(100)) for _ in range(1000)]
+    kept = [small for _, small in pairs]
+    del pairs
+    give_back_memory()
+    assert memory_held.held() - before < 10e6  # of 120
+    assert len(kept) == 1000

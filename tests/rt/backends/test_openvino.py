@@ -16,7 +16,7 @@ from tintype.backends.onnx_weights import IN_MEMORY, read_from_memory, weight_fi
 from tintype.bundle import MANIFEST, open_bundle
 from tintype.errors import BackendUnavailable, BundleError, ProfileError, RequestError
 from tintype_export.quality import psnr
-from tiny_bundle import WEIGHTS, random_weights, write_manifest
+from tiny_bundle import WEIGHTS, denoise_inputs, random_weights, write_manifest
 from tolerances import LEAST_DB_16_BITS, STAGE_FP32, TINY_GRAPH, relative_error
 
 ov = pytest.importorskip("openvino")
@@ -34,15 +34,6 @@ HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 @pytest.fixture
 def backend(tiny_bundle):
     return OpenVinoBackend(open_bundle(tiny_bundle))
-
-
-def denoise_inputs(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "sample": rng.standard_normal((1, 4, 4, 4), np.float32),
-        "timestep": np.array([500.0], np.float32),
-        "encoder_hidden_states": rng.standard_normal((1, 77, 8), np.float32),
-    }
 
 
 def save_again(folder, precision="fp32"):

@@ -12,7 +12,7 @@ from tintype.backends import onnxruntime, remembering
 from tintype.backends.onnxruntime import OnnxRuntimeBackend
 from tintype.backends.remembering import parted
 from tintype.bundle import open_bundle
-from tiny_bundle import F32
+from tiny_bundle import F32, denoise_inputs
 from tolerances import TINY_GRAPH, relative_error
 
 CALL = ("denoise", "32x32-b1")
@@ -35,15 +35,6 @@ def faces(message):
     assert known >= outputs
     assert {name for node in graph.node for name in node.input} >= inputs | stored
     return inputs, outputs, [node.op_type for node in graph.node]
-
-
-def inputs(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "sample": rng.standard_normal((1, 4, 4, 4), np.float32),
-        "timestep": np.array([500.0], np.float32),
-        "encoder_hidden_states": rng.standard_normal((1, 77, 8), np.float32),
-    }
 
 
 @pytest.fixture
@@ -106,10 +97,10 @@ def test_the_parts_give_what_the_whole_graph_gives(tiny_bundle, monkeypatch, nam
     if name == "openvino":
         pytest.importorskip("openvino")
     run = tintype.load(tiny_bundle, backend=name).family.backend.run
-    in_two = [run(*CALL, inputs(seed))["model_output"] for seed in (0, 1, 0)]
+    in_two = [run(*CALL, denoise_inputs(seed))["model_output"] for seed in (0, 1, 0)]
     monkeypatch.setattr(remembering, "parted", lambda graph: None)
     run = tintype.load(tiny_bundle, backend=name).family.backend.run
-    whole = [run(*CALL, inputs(seed))["model_output"] for seed in (0, 1, 0)]
+    whole = [run(*CALL, denoise_inputs(seed))["model_output"] for seed in (0, 1, 0)]
     assert relative_error(np.stack(in_two), np.stack(whole)) < TINY_GRAPH
     assert in_two[0].tobytes() == in_two[2].tobytes() != in_two[1].tobytes()
 
@@ -125,7 +116,7 @@ def test_a_text_is_worked_out_once_a_picture(tiny_bundle, told):
 
 
 def test_a_text_that_its_owner_writes_to_is_read_again(tiny_bundle, told):
-    backend, given = OnnxRuntimeBackend(open_bundle(tiny_bundle)), inputs()
+    backend, given = OnnxRuntimeBackend(open_bundle(tiny_bundle)), denoise_inputs()
     before = backend.run(*CALL, given)["model_output"]
     given["encoder_hidden_states"] += 1
     after = backend.run(*CALL, given)["model_output"]
@@ -135,7 +126,7 @@ def test_a_text_that_its_owner_writes_to_is_read_again(tiny_bundle, told):
 
 
 def test_a_missing_text_is_an_error_though_one_was_told_before(tiny_bundle):
-    backend, given = OnnxRuntimeBackend(open_bundle(tiny_bundle)), inputs()
+    backend, given = OnnxRuntimeBackend(open_bundle(tiny_bundle)), denoise_inputs()
     backend.run(*CALL, given)
     del given["encoder_hidden_states"]
     with pytest.raises(Exception, match="told"):
