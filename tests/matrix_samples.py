@@ -105,6 +105,18 @@ LINEAR = [
 ]  # fmt: skip
 
 
+# One token a sample, for the forms without tiles: turns that codes fill and do not, several and one.
+ONE_TOKEN = [
+    Sample("int8_linear", "one token", _linear("int8", (3, 1), 1088, 37, activation="silu"), _ADDED),
+    Sample("int8_linear", "vectors", _linear("int8", (3,), 512, 16, epilogue=False), _ADDED),
+    Sample("fp8_linear", "one token", _linear("fp8", (3, 1), 1088, 37, activation="gelu"), _ADDED),
+    Sample("fp8_linear", "vectors", _linear("fp8", (3,), 512, 16, epilogue=False), _ADDED),
+    Sample("int4_linear", "one token", _linear("int4", (3, 1), 1088, 37, activation="gelu_tanh"), _ADDED),
+    Sample("int4_linear", "vectors", _linear("int4", (3,), 1024, 16, group=64, epilogue=False), _ADDED),
+    Sample("int4_linear", "vectors, 128", _linear("int4", (2,), 128, 17, group=128), _ADDED),
+]  # fmt: skip
+
+
 def _convolution(
     n: int, channels: tuple[int, int], sides: tuple[int, int], taps: int = 3, *,
     stride: int = 1, padding: int = 1, channels_last: bool = False, spread: float = 1.0, **options: bool,

@@ -18,7 +18,7 @@ from kernel_checks import (
     is_floating,
     norm_error,
 )
-from matrix_samples import ATTENTION, CONVOLUTION, LINEAR, WIDE, WITH_ROLES
+from matrix_samples import ATTENTION, CONVOLUTION, LINEAR, ONE_TOKEN, WIDE, WITH_ROLES
 from tintype_kernels import NoiseKey, Row, activate_quantized, group_norm_silu, scheduler_step
 from tintype_kernels.ahead_of_time import op_modules
 from tintype_kernels.ops import (
@@ -88,6 +88,14 @@ def test_attention_with_roles_at_real_sizes(batch, heads, queries, keys, dim):
         norm_error(found, attention.reference(q.float(), k.float(), v.float()))
         < KERNEL_NORM["bfloat16"]
     )
+
+
+@pytest.mark.parametrize("sample", ONE_TOKEN, ids=lambda s: f"{s.op}: {s.label}")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_one_token_a_sample_without_tiles(sample, dtype):
+    with forced("triton_vector"):
+        check_values(sample, dtype, "cuda")
+        check_same_bits_in_any_batch(sample, dtype, "cuda")
 
 
 @pytest.mark.parametrize("sample", WIDE, ids=lambda s: s.label)

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from kernel_checks import forced, norm_error, normal
-from matrix_samples import LINEAR
-from tintype_kernels import fp8_linear, int4_linear, int8_linear
+from kernel_checks import (
+    check_same_bits_in_any_batch,
+    check_values_and_gradients,
+    forced,
+    norm_error,
+    normal,
+)
+from matrix_samples import INTERPRETED_DTYPES, LINEAR, ONE_TOKEN
+from tintype_kernels import KernelUnavailable, fp8_linear, int4_linear, int8_linear
 from tintype_kernels.native import GROUPS
 from tintype_kernels.ops.int4_linear import FORWARD, unpacked_weight
 from tintype_kernels.ops.linear_epilogue import ACTIVATIONS
@@ -52,6 +58,27 @@ def test_int8_products_are_exact_integers():
     qw = Int8Weight(codes.to(torch.int8), torch.ones(6))
     with forced("triton"):
         assert torch.equal(int8_linear(x, qw), (x.double() @ codes.double().t()).float())
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+@pytest.mark.parametrize("sample", ONE_TOKEN, ids=lambda s: f"{s.op}: {s.label}")
+def test_one_token_a_sample_without_tiles_equals_the_reference(sample, dtype):
+    with forced("triton_vector"):
+        check_values_and_gradients(sample, dtype, "cpu")
+        check_same_bits_in_any_batch(sample, dtype, "cpu")
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("shape", "obstacle"),
+    [((2, 3, 64), "one token a sample"), ((64,), "one token a sample")],
+    ids=str,
+)
+def test_the_forms_without_tiles_say_what_they_cannot_take(name, shape, obstacle):
+    op, quantize, _ = OPS[name]
+    x, qw = torch.zeros(shape), quantize(torch.zeros(24, 64))
+    with forced("triton_vector"), pytest.raises(KernelUnavailable, match=obstacle):
+        op(x, qw)
 
 
 @pytest.mark.parametrize("group", GROUPS)

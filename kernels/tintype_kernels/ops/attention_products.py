@@ -35,14 +35,15 @@ def products_forward(
     out, lse, lse_extra = empty_outputs(
         q, k, v, k_extra, v_extra, key_lengths, scale, extra_scale, differentiable
     )
-    heads, values, keys = q.shape[:2], v.flatten(0, 1), k.shape[2]
+    values, keys = v.flatten(0, 1), k.shape[2]
     turned = k.flatten(0, 1).transpose(1, 2)
     options = {"BLOCK": power_of_two(keys), "num_warps": max(4, min(16, keys // 1024))}
-    for asked, result in zip(q.split(_QUERIES, 2), out.split(_QUERIES, 2), strict=True):
+    pieces = (each.split(_QUERIES, 2) for each in (q, out))  # type: ignore[no-untyped-call]
+    for asked, result in zip(*pieces, strict=True):
         scores = _scores(asked.flatten(0, 1), turned)
         weights = torch.empty_like(scores, dtype=v.dtype)
         _kernel[scores.shape[:2].numel(),](scores, weights, keys, scale * LOG2_E, **options)
-        result.copy_(torch.bmm(weights, values).unflatten(0, heads))
+        result.copy_(torch.bmm(weights, values).view(result.shape))
     return out, lse, lse_extra
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tintype_kernels import triton_support
 from tintype_kernels.dispatch import interpreting
 from tintype_kernels.ops import linear_epilogue as epilogue
+from tintype_kernels.ops import linear_vector
 from tintype_kernels.ops.linear_epilogue import store_finished, tile_of
 from tintype_kernels.ops.quantise import Int4Weight, dequantize, quantize_int4
 from tintype_kernels.torch_op import TorchOp, public, wide
@@ -123,6 +124,14 @@ def _triton_forward(
     return out
 
 
+def _vector_forward(
+    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:  # fmt: skip
+    out = epilogue.empty_output(x, packed, scales, bias, residual, activation)
+    linear_vector.fours(out, x, packed, scales, bias, residual, activation)
+    return out
+
+
 @jit
 def _dequantize_kernel(packed, scales, out, groups, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK groups of weights in out's type: grid (blocks,)."""
@@ -165,9 +174,14 @@ def _triton_obstacle(x: Tensor, *_: Any) -> str:
     )
 
 
+def _vector_obstacle(x: Tensor, *others: Any) -> str:
+    return _triton_obstacle(x) or linear_vector.obstacle(x)
+
+
 FORWARD = TorchOp(
     "int4_linear", fake=epilogue.empty_output, reference=_reference_forward, triton=_triton_forward,
-    library=_library_forward, obstacles={"triton": _triton_obstacle},
+    variants={"triton_vector": _vector_forward}, library=_library_forward,
+    obstacles={"triton": _triton_obstacle, "triton_vector": _vector_obstacle},
 )  # fmt: skip
 epilogue.differentiable(FORWARD, lambda codes, dtype: dequantize(Int4Weight(*codes), dtype))
 

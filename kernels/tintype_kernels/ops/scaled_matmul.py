@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tintype_kernels.ops import linear_vector
 from tintype_kernels.ops.activate_quantized import write_quantized
 from tintype_kernels.ops.linear_epilogue import (
     check_epilogue,
@@ -127,6 +128,12 @@ def _rows_triton(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> Te
     return out
 
 
+def _rows_vector(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> Tensor:
+    out = _empty_product(x, x_scales, codes, *others)
+    linear_vector.eights(out, from_bytes(x), x_scales, from_bytes(codes), *others[:-1])
+    return out
+
+
 def _empty_product(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=others[-1])
 
@@ -147,6 +154,10 @@ def _rows_obstacle(x: Tensor, *_: Any) -> str:
     return arch_obstacle("fp8" if x.dtype == torch.uint8 else "int8", x)
 
 
+def _vector_obstacle(x: Tensor, *_: Any) -> str:
+    return _rows_obstacle(x) or linear_vector.obstacle(x)
+
+
 def _library_obstacle(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) -> str:
     if (
         x.dtype != torch.uint8
@@ -160,7 +171,8 @@ def _library_obstacle(x: Tensor, x_scales: Tensor, codes: Tensor, *others: Any) 
 
 ROWS_FORWARD = TorchOp(
     "quantized_rows_linear", fake=_empty_product, reference=_rows_reference, triton=_rows_triton,
-    library=_rows_library, obstacles={"triton": _rows_obstacle, "library": _library_obstacle},
+    variants={"triton_vector": _rows_vector}, library=_rows_library,
+    obstacles={"triton": _rows_obstacle, "triton_vector": _vector_obstacle, "library": _library_obstacle},
 )  # fmt: skip
 
 
