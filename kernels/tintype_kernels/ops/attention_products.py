@@ -37,7 +37,8 @@ def products_forward(
     )
     values, keys = v.flatten(0, 1), k.shape[2]
     turned = k.flatten(0, 1).transpose(1, 2)
-    options = {"BLOCK": power_of_two(keys), "num_warps": max(4, min(16, keys // 1024))}
+    block = power_of_two(keys)
+    options = {"BLOCK": block, "num_warps": max(4, min(16, block // 1024))}
     pieces = (each.split(_QUERIES, 2) for each in (q, out))  # type: ignore[no-untyped-call]
     for asked, result in zip(*pieces, strict=True):
         scores = _scores(asked.flatten(0, 1), turned)
