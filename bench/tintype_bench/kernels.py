@@ -77,8 +77,8 @@ def _of_op(
             if _key(row) not in found:
                 with _forced(implementation if options.device == "cuda" else ""):
                     timed = _timed(call, arguments, module, bandwidth, options)
-                # A form that does not take this case has no row.
-                if not (form.startswith("ours") and _UNAVAILABLE in timed.get("failed", "")):
+                # A variant that does not take this case has no row.
+                if not (form.startswith("ours, ") and _UNAVAILABLE in timed.get("failed", "")):
                     yield {**row, **timed}
 
 

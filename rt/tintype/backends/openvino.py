@@ -73,6 +73,7 @@ class _Request:
         if self._held.get(name) is not tensor:
             self._request.set_tensor(self._ports[name], tensor)
             self._held[name] = tensor
+            self._views.pop(name, None)  # of what it had in the tensor's place, which goes with it
 
     def _fill(self, name: str, array: NDArray[Any]) -> None:
         view = self._views.get(name)
