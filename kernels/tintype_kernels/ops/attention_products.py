@@ -10,12 +10,10 @@ from torch import Tensor
 from tintype_kernels.ops.attention_forward import LOG2_E, empty_outputs
 from tintype_kernels.triton_support import jit, power_of_two, tl, too_wide
 
-WIDEST_FUSED = (
-    256  # of a head: up to there PyTorch's libraries have kernels that keep scores on chip
-)
-_QUERIES = (
-    4096  # at a time: enough to fill a large GPU, and at 16,384 keys 400 MB of scores and weights
-)
+# Of a head: up to there PyTorch's libraries have kernels that keep scores on chip.
+WIDEST_FUSED = 256
+# At a time: enough to fill a large GPU, and at 16,384 keys 400 MB of scores and weights.
+_QUERIES = 4096
 
 
 @jit

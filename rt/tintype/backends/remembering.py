@@ -70,11 +70,9 @@ class _Graph(NamedTuple):
 def _read(model: bytes) -> _Graph:
     graph = _Graph([], {INPUT: {}, OUTPUT: {}, DESCRIBED: {}, INITIALIZER: {}}, [])
     for part in fields(inner_graph(model)):
-        if part.payload is None:
-            graph.rest.append(part)
-        elif part.number == NODE:
+        if part.payload is not None and part.number == NODE:
             graph.nodes.append(read_node(part.payload))
-        elif part.number in graph.described:
+        elif part.payload is not None and part.number in graph.described:
             number = TENSOR_NAME if part.number == INITIALIZER else NAME
             name = next(texts(part.payload, number))
             graph.described[part.number][name] = part.payload
@@ -159,15 +157,15 @@ class Memory(threading.local):
     ) -> dict[str, Any]:
         """What a graph gives; `call` runs a session. What was told the last time, too, is not worked out again: what
         came of it is kept as `hold` makes of it."""
-        if (
-            graph.remember is None or not graph.told <= inputs.keys()
-        ):  # the session says what is missing
+        # Where something is missing the session says so.
+        if graph.remember is None or not graph.told <= inputs.keys():
             return call(graph.recall, inputs)
         told = {name: inputs[name] for name in graph.told}
         if self._graph is not graph or not all(
             _same(self._told[name], told[name]) for name in told
         ):
-            self._kept = {}  # may be large, and is not needed beside what takes its place
+            # May be large, and is not needed beside what takes its place, if anything does.
+            self._graph, self._kept = None, {}
             self._kept = hold(call(graph.remember, told))
             self._graph, self._told = graph, {name: _apart(told[name]) for name in told}
         changing = {name: inputs[name] for name in inputs if name not in graph.unread}

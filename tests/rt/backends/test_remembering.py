@@ -125,6 +125,14 @@ def test_a_text_that_its_owner_writes_to_is_read_again(tiny_bundle, told):
     assert after.tobytes() == fresh.tobytes() != before.tobytes()
 
 
+def test_a_text_that_could_not_be_worked_out_leaves_nothing_behind(tiny_bundle):
+    backend, given = OnnxRuntimeBackend(open_bundle(tiny_bundle)), denoise_inputs()
+    expected = backend.run(*CALL, given)["model_output"]
+    with pytest.raises(Exception, match="encoder_hidden_states"):
+        backend.run(*CALL, given | {"encoder_hidden_states": np.zeros((1, 5, 8), np.float32)})
+    assert backend.run(*CALL, given)["model_output"].tobytes() == expected.tobytes()
+
+
 def test_a_missing_text_is_an_error_though_one_was_told_before(tiny_bundle):
     backend, given = OnnxRuntimeBackend(open_bundle(tiny_bundle)), denoise_inputs()
     backend.run(*CALL, given)
