@@ -34,10 +34,16 @@ def fields(message: memoryview) -> Iterator[Field]:
     position, length = 0, len(message)
     while position < length:
         begin = position
-        tag, position = varint(message, position)
+        tag = message[position]
+        position += 1
+        if tag >= 0x80:  # calling is what takes the time, and nearly all are of one byte
+            tag, position = varint(message, begin)
         kind, payload = tag & 7, None
         if kind == SIZED:
-            size, position = varint(message, position)
+            size = message[position]
+            position += 1
+            if size >= 0x80:
+                size, position = varint(message, position - 1)
             payload = message[position : position + size]
             position += size
         elif kind == _VARINT:

@@ -23,6 +23,7 @@ _FIELDS = {
     "tensor": {13: "entry"},
 }
 _EXTERNAL_DATA = 13
+_LOCATION = b"location"
 GRAPH = 7  # of a model
 INITIALIZER, INPUT, OUTPUT, _NAME = 5, 11, 12, 1  # of a graph, and of a value's description
 DIMS, _DATA_TYPE, TENSOR_NAME = 1, 2, 8  # of a tensor
@@ -107,9 +108,11 @@ def _moved(message: memoryview, kind: str, place: Place) -> bytes:
 
 
 def _entries(message: memoryview, kind: str) -> Iterator[memoryview]:
+    """Those that may name a file, wherever a model can have a tensor."""
     for field in fields(message):
         inner = _FIELDS[kind].get(field.number)
-        if field.payload is None or inner is None:
+        # A key is written whole: what does not hold its bytes need not be read.
+        if field.payload is None or inner is None or _LOCATION not in bytes(field.payload):
             continue
         if inner == "entry":
             yield field.payload

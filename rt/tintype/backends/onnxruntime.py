@@ -37,6 +37,8 @@ _ENTRIES = {
 _WIDENED = {"bf16": 2, "fp8": 4}
 # A session that widens weights as it is made holds them twice in the end, once as its kernels pack them.
 _LARGEST_SHARE = 1 / 4
+# Longer than it takes from one node of a graph to the next.
+_SPIN_US = "200"
 # What ONNX's types are as numpy's: float32, int8, float16, and bfloat16's bits.
 _ARRAYS = {1: np.float32, 3: np.int8, 10: np.float16, 16: np.uint16}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -140,8 +142,10 @@ class OnnxRuntimeBackend(OneType):
         options.intra_op_num_threads = cores()
         # From the second run on it would hold a plan's memory beside what the first run took, and be no faster.
         options.enable_mem_pattern = False
-        # Threads that spin on after a run take the cores from the other stages' sessions, and from other processes.
+        # A session's threads spin from its making on, by default for 2 ** 20 turns, and take the cores from the other
+        # stages' sessions that are made meanwhile, and from other processes. Older versions heed the first entry alone.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
         # Graphs name their weights relative to the bundle's root. onnxruntime refuses paths that leave the
         # graph's own folder, and its older versions heed this entry only for a graph given as bytes.
         options.add_session_config_entry(
