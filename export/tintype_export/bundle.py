@@ -21,7 +21,7 @@ from tintype.backends.torch import made_safe, overflows
 from tintype.bundle import Bundle, describe, save_manifest
 from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.checkpoints.lora_files import Lora
-from tintype.errors import CheckpointError
+from tintype.errors import CheckpointError, RequestError
 from tintype.models.stages import DecodeStage, Stage, build_stage, stage_component
 
 from .calibration import Calibration
@@ -29,6 +29,7 @@ from .durations import in_words, last_seconds, remember
 from .gates import part_gates
 from .graphs import StoredTensor, point_to_weights, save, trace
 from .merging import merged
+from .plugins import Plugins, kept_in_graphs
 from .profiles import check_sizes, example_inputs, profiles_of
 from .qdq import OUTPUT_SCALE, quantise_graph
 from .quantisation import Quantised, plan
@@ -53,7 +54,8 @@ class ExportConfig:
 
     ``tolerance_db`` None is what the precision is held to. The target "tensorrt" adds engines for ``gpus``, such as
     sm_89, to the graphs; ``plain`` builds one of the plain denoiser, too, beside those with the sampler's step, and
-    ``weightless`` ones are filled with the bundle's weights when they are loaded.
+    ``weightless`` ones are filled with the bundle's weights when they are loaded; ``kernels`` are ops that engines take
+    from us.
     ``batches`` are the pictures of a call. In codes, ``calibration`` None rounds weights alone; ``group`` is int4's.
     """
 
@@ -65,6 +67,7 @@ class ExportConfig:
     gpus: tuple[str, ...] = ()
     plain: bool = False
     weightless: bool = False
+    kernels: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1,)
     loras: tuple[Lora, ...] = ()
     calibration: Calibration | None = field(default_factory=Calibration)
@@ -82,6 +85,7 @@ class ExportConfig:
             "sizes": [f"{width}x{height}" for width, height in self.sizes],
             "precision": self.precision,
             "gpus": list(self.gpus),
+            "kernels": list(self.kernels),
             "batches": list(self.batches),
             "loras": [
                 {
@@ -123,8 +127,9 @@ def export_bundle(
         )
         provenance = {**bundle.provenance, "verification": report.as_json()}
         if config.target == "tensorrt":
-            graphs = engine_graphs(checkpoint, store, bundle, config, say)
-            bundle = _with_engines(bundle, graphs, config, say)
+            with kept_in_graphs(config.kernels, config.gpus[0]) as plugins:
+                graphs = engine_graphs(checkpoint, store, bundle, config, say)
+            bundle = _with_engines(bundle, graphs, plugins, config, say)
             if not config.weightless:
                 shutil.rmtree(work / _ENGINE_GRAPHS, ignore_errors=True)
         save_manifest(replace(bundle, provenance=provenance))
@@ -191,7 +196,11 @@ def _merged(checkpoint: Checkpoint, config: ExportConfig, target: Path) -> Itera
 
 def _check_target(config: ExportConfig) -> None:
     if config.target == "tensorrt":
-        check_gpus(config.gpus)
+        check_gpus(config.gpus, config.kernels)
+    elif config.kernels:
+        raise RequestError("--kernels are for engines; ask for them with --target tensorrt")
+    if config.kernels and config.weightless:
+        raise RequestError("--kernels and --weightless do not go together yet; leave one out")
 
 
 def quantisation(checkpoint: Checkpoint, config: ExportConfig, say: Say) -> dict[str, Quantised]:
@@ -220,9 +229,10 @@ def _computable(
 def engine_graphs(
     checkpoint: Checkpoint, store: Store, bundle: Bundle, config: ExportConfig, say: Say
 ) -> dict[str, dict[str, str]]:
-    """What engines are built from: the bundle's graphs, where those are written in what engines compute in."""
+    """What engines are built from: the bundle's graphs, where those are written in what engines compute in and no
+    kernel of ours was asked for."""
     dtype = config.kept.in_engines
-    if dtype == config.kept.computed:
+    if dtype == config.kept.computed and not config.kernels:
         return bundle.stages
     return _write_graphs(
         checkpoint, store, bundle.folder, config, say, dtype=dtype, under=f"{_ENGINE_GRAPHS}/"
@@ -230,11 +240,17 @@ def engine_graphs(
 
 
 def _with_engines(
-    bundle: Bundle, graphs: dict[str, dict[str, str]], config: ExportConfig, say: Say
+    bundle: Bundle,
+    graphs: dict[str, dict[str, str]],
+    plugins: Plugins,
+    config: ExportConfig,
+    say: Say,
 ) -> Bundle:
     """The bundle with engines, which were built and, where this machine lacks those GPUs, have not run."""
     wanted = {name: each for name, each in graphs.items() if _has_engine(name, config)}
-    engines = build_engines(bundle.folder, wanted, config.gpus, say, weightless=config.weightless)
+    engines = build_engines(
+        bundle.folder, wanted, config.gpus, say, weightless=config.weightless, plugins=plugins
+    )
     kept = [
         profiles
         for entry in engines.values()

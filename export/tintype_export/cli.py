@@ -47,6 +47,13 @@ def register(subparsers: Any) -> None:
         help="tensorrt: engines of a few megabytes, filled from the bundle's weights when loaded; takes a GPU to build",
     )
     parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=[],
+        metavar="OP",
+        help="tensorrt, the package of that name: ops whose kernels engines take from us, such as group_norm_silu",
+    )
+    parser.add_argument(
         "--lora",
         nargs="+",
         default=[],
@@ -106,6 +113,7 @@ def run(options: argparse.Namespace) -> None:
         gpus=tuple(options.gpu),
         plain=options.plain,
         weightless=options.weightless,
+        kernels=tuple(options.kernels),
         loras=tuple(Lora.parse(text) for text in options.lora),
         batches=tuple(options.batch),
         tolerance_db=options.tolerance,

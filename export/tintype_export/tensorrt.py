@@ -15,6 +15,7 @@ from tintype.backends.cuda_driver import Device
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 from tintype_kernels.cache import cache_folder, replace_bytes
 
+from .plugins import Plugins, check_kernels, register
 from .writing import gigabytes
 
 PACKAGES = ("tensorrt_rtx", "tensorrt")
@@ -54,8 +55,8 @@ def targets() -> dict[str, Target]:
     return found
 
 
-def check_gpus(gpus: Sequence[str]) -> None:
-    """Refuse a build for no GPU, or for one that no installed package builds for."""
+def check_gpus(gpus: Sequence[str], ops: Sequence[str] = ()) -> None:
+    """Refuse a build for no GPU, for one that no package builds for, or with ops of ours if that takes no plugins."""
     known = targets()
     if not gpus:
         raise RequestError(
@@ -64,16 +65,24 @@ def check_gpus(gpus: Sequence[str]) -> None:
         )
     if unknown := [gpu for gpu in gpus if gpu not in known]:
         raise RequestError(f"gpu={unknown[0]!r} is unknown; choose from {', '.join(known)}")
+    check_kernels(ops, {gpu: known[gpu].trt.__name__ for gpu in gpus})
 
 
 def build_engines(
-    root: Path, stages: Stages, gpus: Sequence[str], say: Say, *, weightless: bool = False
+    root: Path,
+    stages: Stages,
+    gpus: Sequence[str],
+    say: Say,
+    *,
+    weightless: bool = False,
+    plugins: Plugins | None = None,
 ) -> dict[str, Any]:
     """Write STAGE/PROFILE.GPU.engine beside every graph; what the manifest says of them, by GPU.
 
     ``weightless`` engines hold no weights: they are filled from the graphs' when they are loaded. Building them takes
-    a GPU, of any kind.
+    a GPU, of any kind. ``plugins`` are those that the graphs have nodes of.
     """
+    register(plugins or {})
     known = targets()
     chosen = {gpu: known[gpu] for gpu in gpus}
     packages = {target.trt for target in chosen.values()}
@@ -132,7 +141,10 @@ class _Order:
 def _parse(trt: Any, root: Path, graph: str) -> tuple[_Log, Any]:
     """The network of a graph; its layers have the types that the graph says, and no others."""
     log = _Log(trt)
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    flag = trt.NetworkDefinitionCreationFlag
+    flags = 1 << int(flag.STRONGLY_TYPED)
+    if hasattr(flag, "PREFER_AOT_PYTHON_PLUGINS"):
+        flags |= 1 << int(flag.PREFER_AOT_PYTHON_PLUGINS)
     network = log.builder.create_network(flags)
     parser = trt.OnnxParser(network, log.logger)
     # Weights are named relative to the bundle's root, so the graph is said to lie there.
@@ -174,7 +186,8 @@ def _remembered_timings(config: Any, file: Path | None) -> Iterator[None]:
         yield
         return
     known = file.read_bytes() if file.is_file() else b""
-    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    timings = config.create_timing_cache(known)  # which must live until the engine is built
+    config.set_timing_cache(timings, ignore_mismatch=False)
     yield
     replace_bytes(file, bytes(config.get_timing_cache().serialize()))
 

@@ -1,7 +1,7 @@
 """What models compute by `tintype_kernels`' fused ops where those serve, and by PyTorch's own operators elsewhere.
 
 They serve on GPUs that Triton runs on; GroupNorm on CPUs, too, where no gradient is asked for. They do not while a
-model is exported: a graph of plain operators is what engines fuse for themselves.
+model is exported, unless told to be kept: a graph of plain operators is what engines fuse for themselves.
 
 Where all `readers` of what an op makes take it in the same 8-bit codes, the op itself writes those, once for all.
 """
@@ -9,7 +9,9 @@ Where all `readers` of what an op makes take it in the same 8-bit codes, the op 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +30,20 @@ _EPS = 1e-6  # of the norms in flow transformers
 _LARGE = 1 << 17
 # The widest elements, sixteen bytes, that PyTorch copies one at a time.
 _COPIED = torch.complex128
+_KEPT: ContextVar[Collection[str]] = ContextVar("kept", default=())
 Readers = Sequence[nn.Module]
 # cosines and sines [tokens, dim] that turn each pair of neighbouring channels by its token's position
 Rotation = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def kept_whole(ops: Collection[str]) -> Iterator[None]:
+    """Within it models call these ops, by their names, wherever tensors are: for an engine that takes them whole."""
+    before = _KEPT.set(ops)
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
 
 
 def group_norm(
@@ -47,7 +60,7 @@ def group_norm(
         from tintype_kernels.ops.group_norm_silu_quantized import group_norm_silu_quantized
 
         return group_norm_silu_quantized(*given, readers[0].input_scale)
-    if _serves(x) or _on_cpu(x):
+    if _serves(x, "group_norm_silu") or _on_cpu(x):
         from tintype_kernels.ops.group_norm_silu import group_norm_silu
 
         return group_norm_silu(*given)
@@ -169,7 +182,7 @@ def geglu(x: Tensor, readers: Readers = ()) -> Tensor | QuantizedRows:
         from tintype_kernels.ops.geglu_quantized import geglu_quantized
 
         return geglu_quantized(x, scheme)
-    if _serves(x):
+    if _serves(x, "geglu"):
         from tintype_kernels.ops.geglu import geglu as op
 
         return op(x)
@@ -220,7 +233,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor, readers: Readers = ()) -> Tensor |
         from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
 
         return layer_norm_modulate_quantized(x, *_of_all(norm, x), scheme, norm.eps, unit=0.0)
-    if _serves(x):
+    if _serves(x, "layer_norm_modulate"):
         from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate as op
 
         return op(x, *_of_all(norm, x), norm.eps, unit=0.0)
@@ -240,7 +253,7 @@ def layer_norm_modulate(
         from tintype_kernels.ops.layer_norm_modulate_quantized import layer_norm_modulate_quantized
 
         return layer_norm_modulate_quantized(x, shift, scale, scheme, _EPS)
-    if _serves(x):
+    if _serves(x, "layer_norm_modulate"):
         from tintype_kernels.ops.layer_norm_modulate import layer_norm_modulate as op
 
         return op(x, shift, scale, _EPS)
@@ -251,7 +264,7 @@ def add_layer_norm(
     norm: nn.LayerNorm, x: Tensor, y: Tensor, readers: Readers = ()
 ) -> tuple[Tensor, Tensor | QuantizedRows]:
     """x + y, and its norm with weights of its own [c], for x and y [n, t, c]."""
-    if not _serves(x):
+    if not _serves(x, "residual_layer_norm"):
         x = x + y
         return x, norm(x)
     return _joined(x, y, None, *_of_all(norm, x), readers, norm.eps, 0.0)
@@ -261,7 +274,7 @@ def gate_layer_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, readers: Readers = ()
 ) -> tuple[Tensor, Tensor | QuantizedRows]:
     """`gate_residual` of x, y and the gate, and `layer_norm_modulate` of that."""
-    if not _serves(x):
+    if not _serves(x, "residual_layer_norm"):
         x = gate_residual(x, y, gate)
         return x, layer_norm_modulate(x, shift, scale)
     return _joined(x, y, gate, shift, scale, readers, _EPS, 1.0)
@@ -281,7 +294,7 @@ def _joined(
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y for x and y [n, t, c] and a gate [n, 1, c]."""
-    if _serves(x):
+    if _serves(x, "gate_residual"):
         from tintype_kernels.ops.gate_residual import gate_residual as op
 
         return op(x, y, gate)
@@ -292,7 +305,7 @@ def qk_norm_rope(
     q: Tensor, k: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rotation: Rotation
 ) -> tuple[Tensor, Tensor]:
     """q and k [n, heads, t, dim], normed, then turned pair by pair of channels by their tokens' angles [t, dim]."""
-    if _serves(q):
+    if _serves(q, "qk_norm_rope"):
         from tintype_kernels.ops.qk_norm_rope import qk_norm_rope as op
 
         return op(q, k, q_norm.weight, k_norm.weight, *rotation, _EPS)
@@ -326,8 +339,9 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def _serves(x: Tensor) -> bool:
-    return x.is_cuda and _has_triton() and not torch.compiler.is_exporting()
+def _serves(x: Tensor, op: str = "") -> bool:
+    on_gpu = x.is_cuda and _has_triton() and not torch.compiler.is_exporting()
+    return on_gpu or op in _KEPT.get()
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module], x: Any) -> bool:
