@@ -60,7 +60,7 @@ def test_what_does_not_go_together_is_not_stacked(layers) -> None:
 
 @pytest.fixture
 def attention(monkeypatch):
-    monkeypatch.setattr(fused, "_serves", lambda x: True)
+    monkeypatch.setattr(fused, "_serves", lambda x, op="": True)
     monkeypatch.setattr(fused, "attention", nn.functional.scaled_dot_product_attention)
     torch.manual_seed(0)
     module = Attention(16, 16, 2)
