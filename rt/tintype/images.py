@@ -43,8 +43,7 @@ def to_numpy(image: Any, name: str = "image", channels: int = 3) -> Floats:
     ([c, h, w] or [n, c, h, w] in 0..1).
     """
     if isinstance(image, Image.Image):
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        return _scaled(pixels.reshape(1, *pixels.shape[:2], channels))
+        return _scaled(_pixels(image, name, channels)[None])
     if hasattr(image, "detach"):
         tensor = image.detach().cpu().float().numpy()
         tensor = tensor[(None,) * max(0, 4 - tensor.ndim)]
@@ -60,6 +59,8 @@ def to_numpy(image: Any, name: str = "image", channels: int = 3) -> Floats:
         raise RequestError(
             f"{name} has shape {list(image.shape)}, expected [n, h, w, {channels}], for torch [n, {channels}, h, w]"
         )
+    if array.dtype.kind not in "biuf":
+        raise RequestError(f"{name} holds {array.dtype}, expected numbers")
     floats = _scaled(array)
     if not np.isfinite(floats).all():
         raise RequestError(f"{name} holds NaN or infinity")
@@ -146,6 +147,17 @@ def each(images: Any, count: int, name: str = "image", channels: int = 3) -> lis
     if len(found) not in (1, count):
         raise RequestError(f"{name} has {len(found)} pictures for {count} images")
     return found if len(found) == count else found * count
+
+
+def _pixels(image: Image.Image, name: str, channels: int) -> NDArray[np.uint8]:
+    """[h, w, channels] of a picture in any of PIL's modes that it converts, with at least a pixel."""
+    try:
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except ValueError as error:
+        raise RequestError(f"{name} is a picture in mode {image.mode}: {error}") from error
+    if not pixels.size:
+        raise RequestError(f"{name} is a picture of {image.width}x{image.height} pixels")
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _scaled(array: NDArray[Any]) -> Floats:

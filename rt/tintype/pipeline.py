@@ -118,6 +118,8 @@ class Pipeline:
             raise RequestError(
                 f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}"
             )
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise RequestError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
         if interpolate_from is not None and image is not None:
             raise RequestError("interpolate_from makes a picture of its own, so it takes no image")
         if image is not None and width is None and height is None:
@@ -135,7 +137,7 @@ class Pipeline:
             "guidance_parallel": share("guidance_parallel", guidance_parallel, least=0),
             "prompt_weighting": prompt_weighting,
             "long_prompts": long_prompts,
-            "interpolate_from": interpolate_from,
+            "interpolate_from": None if interpolate_from is None else _sides(interpolate_from),
         }
         settings |= self._told(settings["guidance"], true_cfg_scale)
         own = _own_arrays(latents, image, mask_image, settings)
@@ -207,6 +209,16 @@ def _strength(
     )
 
 
+def _sides(size: Any) -> tuple[int, int]:
+    """What `interpolate_from` says."""
+    try:
+        width, height = size
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"interpolate_from={size!r} is not (width, height)") from error
+    first, second = (whole_number("interpolate_from", side, least=1) for side in (width, height))
+    return first, second
+
+
 def _own_arrays(
     latents: Any, image: Any, mask: Any, settings: Mapping[str, Any]
 ) -> dict[str, Callable[[int], list[Floats]]]:
@@ -252,7 +264,8 @@ def _counter(on_step: OnStep | None, total: int) -> Callable[[Callable[[], Float
     def notify(fetch: Callable[[], Floats]) -> None:
         nonlocal done
         step, done = done, done + 1
-        if on_step is not None and on_step(step, total, fetch()) is False:
+        answer = None if on_step is None else on_step(step, total, fetch())
+        if isinstance(answer, bool | np.bool_) and not answer:
             raise Cancelled(f"the callback cancelled the request at step {done} of {total}")
 
     return notify

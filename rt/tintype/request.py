@@ -106,7 +106,7 @@ def share(name: str, value: Any, *, least: float) -> float:
 
 def starts(latents: NDArray[Any], count: int) -> list[Floats]:
     """The initial noise of each image [1, c, h/f, w/f]."""
-    given = np.ascontiguousarray(latents, np.float32)
+    given = real_array("latents", latents)
     if given.ndim != 4 or len(given) != count:
         raise RequestError(
             f"latents has shape {list(given.shape)}, expected [{count}, c, h/f, w/f]"
@@ -116,7 +116,20 @@ def starts(latents: NDArray[Any], count: int) -> list[Floats]:
     return [given[image : image + 1] for image in range(count)]
 
 
+def real_array(name: str, value: Any) -> Floats:
+    """Numbers as a contiguous float32 array, or a RequestError that names the argument."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "biuf":
+        raise RequestError(f"{name} is a {type(value).__name__} that holds more than real numbers")
+    return np.ascontiguousarray(array, np.float32)
+
+
 def _prompts(prompt: str | Sequence[str]) -> list[str]:
+    if not isinstance(prompt, Sequence):
+        raise RequestError(f"prompt={prompt!r} is neither a string nor a list of strings")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     for text in prompts:
         if not isinstance(text, str):
@@ -129,8 +142,15 @@ def _prompts(prompt: str | Sequence[str]) -> list[str]:
 def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str | None]:
     if negative is None or isinstance(negative, str):
         return [negative] * count
+    if not isinstance(negative, Sequence):
+        raise RequestError(
+            f"negative_prompt={negative!r} is neither a string nor a list of strings"
+        )
     if len(negative) != count:
         raise RequestError(f"negative_prompt has {len(negative)} entries for {count} prompts")
+    for text in negative:
+        if not isinstance(text, str | None):
+            raise RequestError(f"negative_prompt holds {text!r}, which is not a string")
     return list(negative)
 
 

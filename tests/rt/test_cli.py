@@ -112,6 +112,17 @@ def test_a_long_prompt_warns_in_one_line(tiny_bundle, tmp_path, capsys):
     assert rest == ["step 4/4"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("caf\udcc3\udca9", "café"), ("a\udcff", "a\N{REPLACEMENT CHARACTER}"), ("城", "城")],
+)
+def test_a_prompt_is_read_as_utf_8_whatever_the_locale(tiny_bundle, tmp_path, typed, meant):
+    target = tmp_path / "a.png"
+    arguments = ["generate", typed, "-n", typed, "-m", str(tiny_bundle), "-o", str(target)]
+    assert main([*arguments, "--steps", "1"]) == 0
+    assert (read_png(target).prompt, read_png(target).negative_prompt) == (meant, meant)
+
+
 def test_a_terminal_gets_a_bar(tiny_bundle, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert generate(tiny_bundle, "-o", str(tmp_path / "a.png")) == 0

@@ -77,6 +77,18 @@ def test_masks_have_one_channel():
     assert images.to_numpy(tensor, "mask_image", channels=1).shape == (1, 6, 8, 1)
 
 
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Image.new("RGB", (0, 4)), "image is a picture of 0x4 pixels"),
+        (Image.new("La", (4, 4)), "image is a picture in mode La"),
+    ],
+)
+def test_pictures_without_pixels_or_in_other_modes_are_named(picture, message):
+    with pytest.raises(RequestError, match=message):
+        images.to_numpy(picture)
+
+
 def test_one_picture_for_all_or_one_each():
     one = images.each(PIXELS, 3)
     assert len(one) == 3

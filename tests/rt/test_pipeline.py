@@ -148,8 +148,9 @@ def test_callback_sees_every_step_and_can_cancel(tiny_pipeline):
         callback_on_step_end=lambda step, total, latents: seen.append((step, total, latents.shape)),
     )
     assert seen == [(step, 8, (1, 4, 4, 4)) for step in range(8)]
-    with pytest.raises(Cancelled, match="step 2 of 4"):
-        tiny_pipeline(PROMPT, callback_on_step_end=lambda step, total, latents: step < 1)
+    for kind in (bool, np.bool_):
+        with pytest.raises(Cancelled, match="step 2 of 4"):
+            tiny_pipeline(PROMPT, callback_on_step_end=lambda step, *_, kind=kind: kind(step < 1))
 
 
 def test_threads_do_not_disturb_each_other(tiny_bundle):
@@ -212,6 +213,15 @@ def test_guidance_must_be_finite(tiny_pipeline, bad):
         ({"guidance_rescale": 2}, "guidance_rescale=2"),
         ({"guidance_parallel": -1}, "guidance_parallel=-1"),
         ({"interpolate_from": (32, 32), "image": np.zeros((8, 8, 3))}, "takes no image"),
+        ({"interpolate_from": 32}, "interpolate_from=32 is not"),
+        ({"interpolate_from": (32, 32, 3)}, "interpolate_from=.* is not"),
+        ({"interpolate_from": (32.0, 32)}, "interpolate_from=32.0 is not a whole number"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end=5 cannot be called"),
+        ({"scheduler": ["ddim"]}, "scheduler=.* is unknown"),
+        ({"latents": "noise"}, "latents is a str"),
+        ({"latents": [[1.0], [1.0, 2.0]]}, "latents is a list"),
+        ({"latents": np.zeros((1, 4, 4, 4), complex)}, "latents is a ndarray"),
+        ({"image": np.full((8, 8, 3), "a")}, "image holds <U1"),
     ],
 )
 def test_bad_arguments_are_named(tiny_pipeline, arguments, message):
@@ -219,13 +229,22 @@ def test_bad_arguments_are_named(tiny_pipeline, arguments, message):
         tiny_pipeline(PROMPT, **arguments)
 
 
-def test_bad_prompts_are_named(tiny_pipeline):
-    with pytest.raises(RequestError, match="empty list"):
-        tiny_pipeline([])
-    with pytest.raises(RequestError, match="prompt holds 3"):
-        tiny_pipeline([3])
-    with pytest.raises(RequestError, match="negative_prompt has 1 entries for 2"):
-        tiny_pipeline(["a", "b"], ["x"])
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (([],), "empty list"),
+        (([3],), "prompt holds 3"),
+        ((None,), "prompt=None is neither"),
+        (({"a": 1},), "prompt=.* is neither"),
+        ((["a", "b"], ["x"]), "negative_prompt has 1 entries for 2"),
+        ((["a"], [5]), "negative_prompt holds 5"),
+        (("a", 5), "negative_prompt=5 is neither"),
+    ],
+    ids=str,
+)
+def test_bad_prompts_are_named(tiny_pipeline, prompts, message):
+    with pytest.raises(RequestError, match=message):
+        tiny_pipeline(*prompts)
 
 
 def test_sizes_that_the_bundle_lacks_are_listed(tiny_pipeline):

@@ -78,6 +78,12 @@ _LAYOUTS = (
         },
     ),
 )
+# What diffusers' pipelines set in the oldest configurations of their schedulers as they load them.
+_MENDED = {
+    "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
+    "StableDiffusionImg2ImgPipeline": {"steps_offset": 1, "clip_sample": False},
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -105,9 +111,7 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
         family=layout.family,
         source=folder,
         components=components,
-        scheduler_config=scheduler_config(
-            read_json(folder / "scheduler" / "scheduler_config.json"), layout.family
-        ),
+        scheduler_config=_scheduler(folder, layout.family, index),
         tokenizer_folders=tuple(existing_folder(folder / name) for name in tokenizers),
         defaults=_defaults(layout.family, components, index),
     )
@@ -134,6 +138,16 @@ def component_beside(folder: Path, family: str, *, allow_pickle: bool) -> Compon
 
 def _classes(family: str) -> Mapping[str, tuple[str, ...]]:
     return next(layout.classes for layout in _LAYOUTS if layout.family == family)
+
+
+def _scheduler(folder: Path, family: str, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler that the index names, as its folder and the published pipelines configure it."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    # A scheduler may lie there as another one was configured: diffusers goes by the index.
+    named = index.get("scheduler")
+    if isinstance(named, list) and named and named[-1]:
+        config = {**config, "_class_name": named[-1]}
+    return scheduler_config(config | _MENDED.get(index["_class_name"], {}), family)
 
 
 def scheduler_config(config: Mapping[str, Any], family: str) -> dict[str, Any]:

@@ -21,14 +21,14 @@ def register(subparsers: Any) -> None:
     from tintype.cli import add_common
 
     parser = subparsers.add_parser("generate", help="make pictures from a prompt")
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", type=_text)
     parser.add_argument(
         "-m", "--model", default="postcard", help="bundle, checkpoint, hub id or model in the box"
     )
     parser.add_argument(
         "-o", "--output", type=Path, help="PNG file; by default named after the seed"
     )
-    parser.add_argument("-n", "--negative", help="what the picture should not show")
+    parser.add_argument("-n", "--negative", type=_text, help="what the picture should not show")
     parser.add_argument(
         "--size", type=picture_size, metavar="WxH", help="width and height in pixels"
     )
@@ -55,6 +55,11 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--strength", type=float, help="how far to change it, above 0 and up to 1")
     add_common(parser)
     parser.set_defaults(run=run)
+
+
+def _text(argument: str) -> str:
+    """What was typed, as UTF-8 whatever the locale says, with a sign in the place of bytes that are none."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:

@@ -90,7 +90,7 @@ def make_table(
     `start` leaves out the first of `steps` steps, as image to image does; `tokens` is the picture's length to a
     transformer whose times shift with it.
     """
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise RequestError(f"scheduler={name!r} is unknown; choose one of {', '.join(names())}")
     parsed = ScheduleConfig.from_config(config)
     kind = _EDM if "sigma_data" in config else _FLOW if parsed.is_flow else _DIFFUSION

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from tintype.schedulers.config import Plan, ScheduleConfig
@@ -17,6 +19,8 @@ _GAUSS = np.array([-1.0, 1.0]) / np.sqrt(3.0)
 
 def lms(config: ScheduleConfig, plan: Plan) -> Table:
     """h keeps the derivative; each step integrates the polynomial through the last four."""
+    if config.use_karras_sigmas:  # the published method has no ends of its own for these
+        config = replace(config, sigma_min=None, sigma_max=None)
     grid = ratio_grid(config, plan)
     u_x, u_m = derivative_weights(config, grid.sigma[:-1])
     b = np.zeros((len(u_x), _ORDER))

@@ -80,6 +80,28 @@ def test_defaults_are_the_published_ones(
     assert checkpoint.family == "latent_unet"
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sd_inpainting", "sdxl"])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler"])
+def test_schedulers_are_configured_as_diffusers_pipelines_do(
+    saved: Saved, tmp_path: Path, kind: str, scheduler: str
+) -> None:
+    """The index names the class, and the oldest configurations of Stable Diffusion are mended."""
+    folder = shutil.copytree(saved(kind), tmp_path / "copy")
+    edit(folder / "model_index.json", scheduler=["diffusers", scheduler])
+    old = {
+        "_class_name": "EulerDiscreteScheduler",
+        "clip_sample": True,
+        "steps_offset": 0,
+        "skip_prk_steps": False,
+    }
+    edit(folder / "scheduler" / "scheduler_config.json", **old)
+    theirs = small_checkpoints.PIPELINES[kind].from_pretrained(folder).scheduler
+    ours = open_checkpoint(folder).scheduler_config
+    assert ours["_class_name"] == type(theirs).__name__
+    for field in {*old} & {*theirs.config} - {"_class_name"}:
+        assert ours[field] == theirs.config[field], field
+
+
 def test_opening_imports_no_torch(saved: Saved) -> None:
     code = (
         "import sys, tintype.checkpoints as c; c.open_checkpoint(sys.argv[1]); "

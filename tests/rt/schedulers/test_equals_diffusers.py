@@ -10,7 +10,7 @@ from diffusers_schedulers import CLASSES, DIFFUSION, SD1, compare, configured
 from tintype.errors import CheckpointError, RequestError
 from tintype.schedulers import ScheduleConfig, make_table
 from tintype.schedulers.betas import BETAS
-from tolerances import RESCALED_SCHEDULE, SCHEDULER_STEP, relative_error
+from tolerances import DIFFUSERS_SIGMAS, RESCALED_SCHEDULE, SCHEDULER_STEP, relative_error
 
 STEPS = [1, 2, 5, 20, 50, 1000]
 SPACINGS = ["leading", "trailing", "linspace"]
@@ -61,6 +61,16 @@ def test_karras_sigmas_with_other_options(name, prediction, spacing):
 @pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])
 def test_given_sigma_ends(name, sigmas):
     compare(name, {**SD1, f"use_{sigmas}_sigmas": True, "sigma_min": 0.05, "sigma_max": 9.0}, 8)
+
+
+@pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])
+def test_lms_heeds_the_sigma_ends_of_another_methods_configuration_where_theirs_does(sigmas):
+    fields = {**SD1, f"use_{sigmas}_sigmas": True, "sigma_min": 0.05, "sigma_max": 9.0}
+    theirs = CLASSES["lms"].from_config(fields)
+    theirs.set_timesteps(8)
+    table = make_table("lms", {**theirs.config, "_class_name": "LMSDiscreteScheduler"}, 8)
+    error = relative_error(table.noise / table.signal, theirs.sigmas.double().numpy())
+    assert error < DIFFUSERS_SIGMAS
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
