@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tintype
 from tintype.backends.torch import made_safe, overflows
-from tintype.bundle import Bundle, describe, save_manifest
+from tintype.bundle import FAMILIES, Bundle, describe, save_manifest
 from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.checkpoints.lora_files import Lora
 from tintype.errors import CheckpointError, RequestError
 from tintype.models.stages import DecodeStage, Stage, build_stage, stage_component
+from tintype.request import whole_number
 
 from .calibration import Calibration
 from .durations import in_words, last_seconds, remember
@@ -40,7 +41,6 @@ from .tensorrt import build_engines, check_gpus
 from .verify import budget_of, require, verify
 from .writing import gigabytes, require_room, written_whole
 
-_FAMILIES = ("latent_unet", "sd3", "flux")
 # Of which nothing is left once there are engines that hold their weights.
 _ENGINE_GRAPHS = "engine-graphs"
 _GRAPH_BYTES = 16 << 20  # more than any model's graph; FLUX's holds its rotation at every token
@@ -105,9 +105,9 @@ def export_bundle(
 ) -> Path:
     """Export the checkpoint ``source``, a folder or a single file, to the bundle ``target``; nothing half is left."""
     checkpoint = open_checkpoint(source)
-    if checkpoint.family not in _FAMILIES:
+    if checkpoint.family not in FAMILIES:
         raise CheckpointError(
-            f"{source} is a {checkpoint.family}; export writes {', '.join(_FAMILIES)}; run it with backend='torch'"
+            f"{source} is a {checkpoint.family}; export writes {', '.join(FAMILIES)}; run it with backend='torch'"
         )
     check_sizes(config.sizes, checkpoint.defaults)
     _check_target(config)
@@ -195,6 +195,8 @@ def _merged(checkpoint: Checkpoint, config: ExportConfig, target: Path) -> Itera
 
 
 def _check_target(config: ExportConfig) -> None:
+    for count in config.batches:
+        whole_number("batch", count, least=1)
     if config.target == "tensorrt":
         check_gpus(config.gpus, config.kernels)
     elif config.kernels:

@@ -14,7 +14,21 @@ from tintype_kernels.cache import cache_folder, replace_text
 
 MANIFEST = "bundle.json"
 FORMAT = 1
+FAMILIES = ("latent_unet", "sd3", "flux")
 _CHUNK = 1 << 20
+# The types of a manifest's fields, of which the first are needed, and the settings that a request falls back to.
+_NEEDED = {
+    "name": str,
+    "family": str,
+    "precision": str,
+    "stages": dict,
+    "scheduler": dict,
+    "tokenizers": list,
+    "defaults": dict,
+    "files": dict,
+}
+_OPTIONAL = {"engines": dict, "provenance": dict}
+_SETTINGS = ("width", "height", "guidance_scale")
 # A bundle's precision, and what it is called where arrays are meant.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -53,7 +67,7 @@ def open_bundle(folder: str | Path, *, check_hashes: bool = True, remember: bool
 
     Without `remember` every file is hashed, whatever this machine knows of it.
     """
-    root = Path(folder)
+    root = Path(folder).absolute()  # wherever the process goes from here
     manifest = _read_manifest(root)
     bundle = Bundle(
         folder=root,
@@ -65,6 +79,7 @@ def open_bundle(folder: str | Path, *, check_hashes: bool = True, remember: bool
                 f"{root}: stage {stage}, profile {profile}: {relative} is not among the listed files"
             )
     _check_sizes(bundle)
+    _check_tokenizers(bundle)
     if check_hashes:
         _check_hashes(bundle, remember)
     return bundle
@@ -92,27 +107,54 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise BundleError(
             f"{root} is not a bundle: {MANIFEST} cannot be read ({error.strerror})"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    number = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(number, int) or number < 1 or number is True:
         raise BundleError(f"{path} names no format; export the bundle again")
-    if manifest["format"] > FORMAT:
+    if number > FORMAT:
         raise BundleError(
-            f"{path} has format {manifest['format']} and this version reads up to {FORMAT}; upgrade tintype"
+            f"{path} has format {number} and this version reads up to {FORMAT}; upgrade tintype"
         )
-    needed = {
-        "name",
-        "family",
-        "precision",
-        "stages",
-        "scheduler",
-        "tokenizers",
-        "defaults",
-        "files",
-    }
-    if missing := sorted(needed - manifest.keys()):
+    if missing := sorted(_NEEDED.keys() - manifest.keys()):
         raise BundleError(f"{path} lacks {', '.join(missing)}; export the bundle again")
+    if broken := next(_malformed(manifest), None):
+        raise BundleError(
+            f"{path}: {broken} is not as this version reads it; export the bundle again"
+        )
     return manifest
+
+
+def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What in a manifest is of another kind than it must be."""
+    for name, kind in {**_NEEDED, **_OPTIONAL}.items():
+        if not isinstance(manifest.get(name, kind()), kind):
+            yield name
+            return
+    if not manifest["stages"] or not _are_stages(manifest["stages"]):
+        yield "stages"
+    for gpu, entry in manifest.get("engines", {}).items():
+        if not isinstance(entry, dict) or not _are_stages(entry.get("stages")):
+            yield f"engines of {gpu}"
+    for name, entry in manifest["files"].items():
+        known = entry if isinstance(entry, dict) else {}
+        if not isinstance(known.get("size"), int) or not isinstance(known.get("sha256"), str):
+            yield f"file {name!r}"
+    if not all(isinstance(name, str) for name in manifest["tokenizers"]):
+        yield "tokenizers"
+    if manifest["family"] not in FAMILIES:
+        yield f"family {manifest['family']!r}"
+    yield from (
+        f"defaults without {name}" for name in _SETTINGS if name not in manifest["defaults"]
+    )
+
+
+def _are_stages(found: Any) -> bool:
+    """Whether this is stage -> profile -> file."""
+    return isinstance(found, dict) and all(
+        isinstance(profiles, dict) and all(isinstance(file, str) for file in profiles.values())
+        for profiles in found.values()
+    )
 
 
 def _graphs(stages: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str, str]]:
@@ -125,6 +167,8 @@ def _inside(root: Path, relative: str) -> Path:
     """The path of a file, refused where it or a link in it leads out of the folder."""
     pure = PurePosixPath(relative)
     path = root / pure
+    if not relative.isprintable():
+        raise BundleError(f"{root}: {relative!r} is no name of a file")
     if pure.is_absolute() or "\\" in relative or not path.resolve().is_relative_to(root.resolve()):
         raise BundleError(f"{root}: {relative!r} leads out of the bundle")
     return path
@@ -156,6 +200,23 @@ def _check_sizes(bundle: Bundle) -> None:
             raise BundleError(
                 f"{bundle.folder}: {relative} has {size} bytes, expected {entry['size']}; it is damaged"
             )
+
+
+def _check_tokenizers(bundle: Bundle) -> None:
+    """One for each text encoder, of listed files alone."""
+    encoders = [
+        stage for stage in bundle.stages if stage.startswith("encode") and stage != "encode_image"
+    ]
+    if len(encoders) != len(bundle.tokenizers):
+        raise BundleError(
+            f"{bundle.folder}: {MANIFEST} names {len(bundle.tokenizers)} tokenizers for {len(encoders)} text encoders"
+        )
+    for name in bundle.tokenizers:
+        for path in sorted(bundle.path(name).glob("*")):
+            if f"{name}/{path.name}" not in bundle.files:
+                raise BundleError(
+                    f"{bundle.folder}: {name}/{path.name} is not among the listed files; take it away"
+                )
 
 
 def _check_hashes(bundle: Bundle, remember: bool) -> None:

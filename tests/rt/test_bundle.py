@@ -92,6 +92,71 @@ def test_manifest_that_is_none(tiny_copy, text):
         open_bundle(tiny_copy)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"format": 0}, "no format"),
+        ({"format": True}, "no format"),
+        ({"stages": []}, "stages"),
+        ({"stages": {}}, "stages"),
+        ({"stages": {"encode": "b1"}}, "stages"),
+        ({"stages": {"encode": {"b1": 5}}}, "stages"),
+        ({"files": "x"}, "files"),
+        ({"files": {"a": "b"}}, "file 'a'"),
+        ({"files": {"a": {"size": 1}}}, "file 'a'"),
+        ({"scheduler": []}, "scheduler"),
+        ({"tokenizers": [5]}, "tokenizers"),
+        ({"tokenizers": []}, "0 tokenizers for 1 text encoders"),
+        ({"defaults": {}}, "defaults without width"),
+        ({"engines": {"sm_89": {}}}, "engines of sm_89"),
+        ({"family": "warp"}, "family 'warp'"),
+        ({"precision": 8}, "precision"),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_other_kinds_is_named_in_one_line(tiny_copy, fields, named):
+    edit(tiny_copy, **fields)
+    with pytest.raises(BundleError, match=named) as raised:
+        open_bundle(tiny_copy)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_manifest_that_is_too_deep_is_no_json(tiny_copy):
+    (tiny_copy / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="not valid JSON"):
+        open_bundle(tiny_copy)
+
+
+def test_a_name_that_no_file_can_have_is_refused(tiny_copy):
+    files = json.loads((tiny_copy / MANIFEST).read_text())["files"]
+    edit(tiny_copy, files={"a\0b": {"size": 1, "sha256": "0"}, **files})
+    with pytest.raises(BundleError, match="is no name of a file"):
+        open_bundle(tiny_copy)
+
+
+def test_a_file_beside_a_tokenizers_own_is_refused(tiny_copy):
+    """Readers of tokenizers look for several files, so that one put there would be read."""
+    (tiny_copy / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer/tokenizer\.json is not among"):
+        open_bundle(tiny_copy)
+
+
+def test_a_bundle_is_found_wherever_the_process_goes(tiny_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_copy.parent)
+    pipeline = tintype.load(tiny_copy.name)
+    monkeypatch.chdir(tmp_path.parent)
+    assert pipeline("a red boat", num_inference_steps=1).images
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_bundle_that_was_moved_is_an_error_of_the_bundle(tiny_copy, backend):
+    pytest.importorskip(backend)
+    pipeline = tintype.load(tiny_copy, backend=backend)
+    tiny_copy.rename(tiny_copy.parent / "moved")
+    with pytest.raises(BundleError, match="was the bundle moved"):
+        pipeline("a red boat", num_inference_steps=1)
+
+
 @pytest.mark.parametrize("field", ["family", "stages", "files", "tokenizers"])
 def test_manifest_without_a_field(tiny_copy, field):
     edit(tiny_copy, **{field: None})
@@ -104,7 +169,8 @@ def test_manifest_without_a_field(tiny_copy, field):
 )
 def test_paths_that_leave_the_folder(tiny_copy, path):
     (tiny_copy.parent / "outside").write_text("x")
-    edit(tiny_copy, files={path: {"size": 1, "sha256": "0"}}, stages={})
+    files = json.loads((tiny_copy / MANIFEST).read_text())["files"]
+    edit(tiny_copy, files={path: {"size": 1, "sha256": "0"}, **files})
     with pytest.raises(BundleError, match="leads out of the bundle"):
         open_bundle(tiny_copy)
 

@@ -28,7 +28,12 @@ def graph_file(stages: Mapping[str, Mapping[str, str]], stage: str, profile: str
 
 def read_graph(bundle: Bundle, relative: str) -> bytes:
     """A graph's bytes, once every file that it points into is known to be one of the bundle's."""
-    graph = bundle.path(relative).read_bytes()
+    try:
+        graph = bundle.path(relative).read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{bundle.folder}: {relative} cannot be read any more ({error.strerror}); was the bundle moved?"
+        ) from error
     try:
         locations = weight_files(graph)
     except BundleError as error:

@@ -106,6 +106,8 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     encoders = [name for name in components if name.startswith("text_encoder")]
     if not encoders:
         raise CheckpointError(f"{folder / INDEX} names no text encoder; add text_encoder")
+    if layout.family == "latent_unet":
+        _check_widths(folder, components, encoders)
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Checkpoint(
         family=layout.family,
@@ -115,6 +117,29 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
         tokenizer_folders=tuple(existing_folder(folder / name) for name in tokenizers),
         defaults=_defaults(layout.family, components, index),
     )
+
+
+def _check_widths(
+    folder: Path, components: Mapping[str, Component], encoders: Sequence[str]
+) -> None:
+    """Refuse components that do not fit one another, as far as their configurations say."""
+    unet = components["unet"].config
+    texts = [components[name].config for name in encoders]
+    sizes = 6 * (unet.get("addition_time_embed_dim") or 0)  # of the picture, its crop and its aim
+    pairs = {
+        "cross_attention_dim": (sum(text.get("hidden_size", 0) for text in texts), "text encoders"),
+        "out_channels": (components["vae"].config.get("latent_channels"), "VAE"),
+        "projection_class_embeddings_input_dim": (
+            sizes and sizes + texts[-1].get("projection_dim", 0),
+            "last text encoder and the sizes",
+        ),
+    }
+    for field, (given, giver) in pairs.items():
+        asked = unet.get(field)
+        if isinstance(asked, int) and given and asked != given:
+            raise CheckpointError(
+                f"{folder}: the unet's {field} is {asked}, and the {giver} give {given}; the parts are of other models"
+            )
 
 
 def _layout(folder: Path, pipeline: str | None) -> _Layout:

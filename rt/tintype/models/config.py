@@ -49,7 +49,9 @@ def from_json(
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for name, value in raw.items():
-        if name in known or name.startswith("_") or name in _PROVENANCE or not value:
+        if name in known or name.startswith("_") or name in _PROVENANCE:
+            continue
+        if _is_off(value, neutral.get(name, ())):
             continue
         elements = value if isinstance(value, (list, tuple)) else (value,)
         if any(element not in neutral.get(name, ()) for element in elements):
@@ -61,6 +63,12 @@ def from_json(
     if missing:
         raise CheckpointError(f"{component}/config.json lacks the field(s) {', '.join(missing)}")
     return cls(**{n: _frozen(raw[n]) for n in known if n in raw})
+
+
+def _is_off(value: Any, neutral: Collection[Any]) -> bool:
+    """Whether this asks for nothing: zero does not where it stands for another number that we compute with."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return not value and not (number and neutral)
 
 
 def _frozen(value: Any) -> Any:

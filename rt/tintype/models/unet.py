@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tintype.errors import CheckpointError
 from tintype.models.config import from_json, per_level
 from tintype.models.fused import (
     Readers,
@@ -90,7 +91,13 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> UNetConfig:
-        return from_json(cls, raw, component="unet", neutral=_NEUTRAL)
+        config = from_json(cls, raw, component="unet", neutral=_NEUTRAL)
+        if not isinstance(config.cross_attention_dim, int):
+            raise CheckpointError(
+                f"unet/config.json asks for cross_attention_dim={raw['cross_attention_dim']!r}; "
+                "possible here: one number for all levels"
+            )
+        return config
 
 
 class Attention(nn.Module):

@@ -102,6 +102,28 @@ def test_schedulers_are_configured_as_diffusers_pipelines_do(
         assert ours[field] == theirs.config[field], field
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("sd1", {"cross_attention_dim": 32}, "cross_attention_dim is 32, and the text encoders"),
+        ("sd1", {"out_channels": 8}, "out_channels is 8, and the VAE"),
+        (
+            "sdxl",
+            {"projection_class_embeddings_input_dim": 176},
+            "projection_class_embeddings_input_dim is 176, and the last text encoder",
+        ),
+    ],
+    ids=str,
+)
+def test_parts_of_other_models_are_named(
+    saved: Saved, tmp_path: Path, kind: str, fields: dict[str, object], message: str
+) -> None:
+    folder = shutil.copytree(saved(kind), tmp_path / "copy")
+    edit(folder / "unet" / "config.json", **fields)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
 def test_opening_imports_no_torch(saved: Saved) -> None:
     code = (
         "import sys, tintype.checkpoints as c; c.open_checkpoint(sys.argv[1]); "

@@ -63,6 +63,8 @@ def test_a_training_step_reaches_every_parameter(kind: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("downsample_padding", 0),
+        ("cross_attention_dim", [32, 64]),
         ("class_embed_type", "timestep"),
         ("dual_cross_attention", True),
         ("act_fn", "gelu"),
