@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def register(subparsers: Any) -> None:
         help="picture sizes; the model's own by default",
     )
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1], metavar="N", help="pictures of one call"
+        "--batch", type=_count, nargs="+", default=[1], metavar="N", help="pictures of one call"
     )
     parser.add_argument(
         "--plain",
@@ -65,7 +66,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=_finite,
         metavar="PSNR_DB",
         help="least fidelity of a picture; by default 60 for fp32, 40 for 16 bits, 30 for int8 and fp8, 27 for int4",
     )
@@ -89,10 +90,26 @@ def register(subparsers: Any) -> None:
         metavar="N",
         help="steps of each calibration prompt; 0 rounds the weights alone, without calibration",
     )
-    parser.add_argument("--steps", type=int, help="steps of a request that names none")
-    parser.add_argument("--guidance", type=float, help="guidance of a request that names none")
+    parser.add_argument("--steps", type=_count, help="steps of a request that names none")
+    parser.add_argument("--guidance", type=_finite, help="guidance of a request that names none")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    return number
 
 
 def run(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
     A killed process leaves a hidden folder, which the next one sweeps.
     """
+    target = target.absolute()  # which has a name and a parent, whatever was typed
     require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)

@@ -102,14 +102,15 @@ def save_manifest(bundle: Bundle) -> Path:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BundleError(
             f"{root} is not a bundle: {MANIFEST} cannot be read ({error.strerror})"
         ) from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again") from error
-    number = manifest.get("format") if isinstance(manifest, dict) else None
+    manifest: dict[str, Any] = found if isinstance(found, dict) else {}
+    number = manifest.get("format")
     if not isinstance(number, int) or number < 1 or number is True:
         raise BundleError(f"{path} names no format; export the bundle again")
     if number > FORMAT:

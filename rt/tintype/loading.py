@@ -99,6 +99,8 @@ def with_loras(checkpoint: Checkpoint, files: str | Path | Sequence[str | Path])
 
 def _loras(files: str | Path | Sequence[str | Path]) -> list[Lora]:
     texts = [files] if isinstance(files, (str, Path)) else files
+    if not isinstance(texts, Sequence):
+        raise RequestError(f"lora={files!r} is neither a file nor a list of files")
     if not texts:
         return []
     from tintype.checkpoints.lora_files import Lora

@@ -46,11 +46,6 @@ class ImageRequest:
     long_prompts: bool = False
     interpolate_from: tuple[int, int] | None = None
 
-    @property
-    def start(self) -> int:
-        """How many of the first steps are left out."""
-        return self.steps - min(int(self.steps * self.strength), self.steps)
-
 
 def spread(
     prompt: str | Sequence[str],

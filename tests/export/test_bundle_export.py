@@ -16,6 +16,7 @@ from small_checkpoints import save, save_smallest
 from tintype.backends.graphs import read_graph
 from tintype.backends.remembering import parted
 from tintype.bundle import describe, open_bundle
+from tintype.cli import main
 from tintype.errors import BundleError, CheckpointError, ProfileError
 from tintype_export import bundle as exporting
 from tintype_export.bundle import ExportConfig, export_bundle
@@ -157,3 +158,17 @@ def test_a_family_without_graphs_is_refused_with_what_runs_it(tmp_path, monkeypa
     monkeypatch.setattr(exporting, "open_checkpoint", lambda folder: flow)
     with pytest.raises(CheckpointError, match="is a latent_flow; .* backend='torch'"):
         export_bundle(source, tmp_path / "bundle", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--batch", "0", "'0' is no whole number of at least 1"),
+        ("--steps", "-5", "'-5' is no whole number of at least 1"),
+        ("--guidance", "nan", "'nan' is no finite number"),
+        ("--tolerance", "high", "'high' is no finite number"),
+    ],
+)
+def test_numbers_that_no_bundle_can_have_are_bad_usage(option, value, says, capsys):
+    assert main(["export", "postcard", "-o", "never", f"{option}={value}"]) == 2
+    assert says in capsys.readouterr().err

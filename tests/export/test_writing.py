@@ -172,3 +172,10 @@ def test_a_component_is_stored_in_shards_that_hold_all_of_it(tmp_path, monkeypat
         one = load_file(expected)
         assert together.keys() == one.keys() == tensors.keys() == sharded.tensors[component].keys()
         assert all(torch.equal(together[name], one[name]) for name in one)
+
+
+def test_the_working_folder_itself_can_be_the_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with written_whole(Path()) as work:
+        (work / "a").write_text("b")
+    assert (tmp_path / "a").read_text() == "b"

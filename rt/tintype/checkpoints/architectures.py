@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tintype.errors import CheckpointError
 from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tintype.models.clip import (
     CLIPImageEncoder,
@@ -63,4 +64,13 @@ _BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
 
 def builder(name: str, architecture: str, config: Mapping[str, Any]) -> Callable[[], nn.Module]:
     """What builds component `name` of the published class `architecture`."""
-    return partial(_BUILDERS[architecture], name, config)
+
+    def build() -> nn.Module:
+        try:
+            return _BUILDERS[architecture](name, config)
+        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"{name}/config.json describes no {architecture} that can be built: {error}"
+            ) from error
+
+    return build

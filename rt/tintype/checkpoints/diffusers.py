@@ -92,7 +92,7 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     """Open a folder in diffusers layout."""
     index = read_json(folder / INDEX)
     layout = _layout(folder, index.get("_class_name"))
-    present = {name for name, value in index.items() if isinstance(value, list) and value[-1]}
+    present = {name for name, value in index.items() if isinstance(value, list) and any(value[-1:])}
     absent = [name for name in layout.classes if name not in (*present, *layout.optional)]
     if absent:
         raise CheckpointError(

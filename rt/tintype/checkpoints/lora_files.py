@@ -219,7 +219,16 @@ def _check_shapes(
 ) -> None:
     down, up = shapes["down"], shapes["up"]
     outputs, *inputs = weight
-    if up[0] != outputs or prod(down[1:]) != prod(inputs) or prod(up[1:]) != down[0]:
+    if prod(shapes.get("alpha", ())) != 1:
+        raise CheckpointError(
+            f"{path}: an alpha has shape {list(shapes['alpha'])}, expected one number"
+        )
+    if (
+        min(len(down), len(up)) < 2
+        or up[0] != outputs
+        or prod(down[1:]) != prod(inputs)
+        or prod(up[1:]) != down[0]
+    ):
         raise CheckpointError(
             f"{path}: an update of {list(up)} by {list(down)} does not fit a weight of {[outputs, *inputs]}; "
             "it was made for another model"

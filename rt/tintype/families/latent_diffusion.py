@@ -8,6 +8,7 @@ time_ids, guidance) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,16 +221,15 @@ class LatentDiffusion:
             )
 
     def _table(self, request: ImageRequest) -> Table:
-        if request.start >= request.steps:
+        start = self._start(request)
+        if start >= request.steps:
             raise RequestError(
                 f"strength={request.strength} of num_inference_steps={request.steps} leaves no step to run"
             )
         # Clipping to -1..1 is for pixels; latents go further, and their configs need not say so.
         config = {"clip_sample": False, **self.scheduler_config}
         tokens = request.width * request.height // self.multiple**2
-        return make_table(
-            request.scheduler, config, request.steps, start=request.start, tokens=tokens
-        )
+        return make_table(request.scheduler, config, request.steps, start=start, tokens=tokens)
 
     def _denoising(
         self, request: ImageRequest, table: Table, guidance: Guidance
@@ -241,8 +241,14 @@ class LatentDiffusion:
         profiles = self.denoiser.profiles(request, 2 if guidance.applies else 1)
         return [("denoise", profile.name) for profile in profiles]
 
+    def _start(self, request: ImageRequest) -> int:
+        """How many of the first steps are left out: a step that the strength cuts in two is run by flow pipelines
+        alone, as they were published."""
+        kept = request.steps * request.strength
+        return request.steps - (int(kept) if self.kind == "latent_unet" else math.ceil(kept))
+
     def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
-        begin = request.start / request.steps
+        begin = self._start(request) / request.steps
         steps = scales(request.guidance, len(table), begin)
         return Guidance(steps, request.guidance_rescale, request.guidance_parallel)
 
@@ -261,11 +267,11 @@ class LatentDiffusion:
                 return Edit(clean, from_noise=False)
             mask = np.concatenate([mask_latents(each, self.factor) for each in masks])
             if not self.inpaints:
-                return Edit(clean, mask, from_noise=first.start == 0)
+                return Edit(clean, mask, from_noise=self._start(first) == 0)
             hidden = [masked(*pair) for pair in zip(images, masks, strict=True)]
             encoded = np.concatenate([self.encode_image(first, each, {}) for each in hidden])
             shown = np.concatenate([mask, encoded], axis=1)
-            return Edit(clean, shown=shown, from_noise=first.start == 0)
+            return Edit(clean, shown=shown, from_noise=self._start(first) == 0)
 
     def encode_image(
         self, request: ImageRequest, image: Floats, known: dict[int, Floats]

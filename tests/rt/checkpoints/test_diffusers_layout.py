@@ -103,6 +103,31 @@ def test_schedulers_are_configured_as_diffusers_pipelines_do(
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"in_channels": "4"},
+        {"block_out_channels": []},
+        {"norm_num_groups": 7},
+        {"up_block_types": ["UpBlock2D"]},
+        {"layers_per_block": None},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_nothing_can_be_built_of_is_named(
+    copied: Path, fields: dict[str, object]
+) -> None:
+    edit(copied / "unet" / "config.json", **fields)
+    with pytest.raises(CheckpointError, match=r"unet/config\.json describes no UNet2D"):
+        open_checkpoint(copied).component("unet")
+
+
+def test_a_component_of_no_class_is_absent(copied: Path) -> None:
+    edit(copied / "model_index.json", unet=[])
+    with pytest.raises(CheckpointError, match="lacks unet"):
+        open_checkpoint(copied)
+
+
+@pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
         ("sd1", {"cross_attention_dim": 32}, "cross_attention_dim is 32, and the text encoders"),

@@ -235,6 +235,23 @@ def test_an_update_of_another_shape_is_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("part", "tensor", "message"),
+    [
+        ("lora_A.weight", torch.tensor(1.0), "it was made for another model"),
+        ("alpha", torch.ones(3), r"an alpha has shape \[3\]"),
+    ],
+)
+def test_a_malformed_part_of_an_update_is_named(saved, tmp_path, part, tensor, message):
+    layer, path = LAYERS["unet"][0], tmp_path / "malformed.safetensors"
+    width = open_checkpoint(saved("sd1")).component("unet").get_submodule(layer).weight.shape[0]
+    sound = {"lora_A.weight": torch.zeros(2, width), "lora_B.weight": torch.zeros(width, 2)}
+    tensors = {f"unet.{layer}.{name}": each for name, each in (sound | {part: tensor}).items()}
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(saved("sd1")).with_loras([Lora(path)])
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("a.safetensors", Lora(Path("a.safetensors"))),

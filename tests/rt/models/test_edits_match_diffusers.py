@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import small_flow_checkpoints
 import tintype
 from tintype.noise import initial_noise
 from tolerances import LATENTS_20_STEPS, relative_error
@@ -52,13 +53,20 @@ def theirs(
     pipe = kind.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = SCHEDULERS[scheduler].from_pretrained(folder / "scheduler")
+    told(kind, (4, 6, 8), seed, monkeypatch)
+    return pipe
+
+
+def told(
+    kind: type, shape: tuple[int, int, int], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Give diffusers' pipelines of a kind our noise, and the mean of a picture's latents."""
     module = sys.modules[kind.__module__]
-    noise = torch.from_numpy(initial_noise(seed, (4, 6, 8))[None].copy())
+    noise = torch.from_numpy(initial_noise(seed, shape)[None].copy())
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
     monkeypatch.setattr(
         module, "retrieve_latents", lambda output, *_, **__: output.latent_dist.mode()
     )
-    return pipe
 
 
 @pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
@@ -71,6 +79,22 @@ def test_image_to_image(
     request = {**REQUEST, "image": picture(), "strength": strength}
     expected = pipe(**request).images
     actual = tintype.load(saved("sd1"))(**request, seed=7, scheduler=scheduler).images
+    assert relative_error(actual, expected) <= LATENTS_20_STEPS
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.5), (10, 0.35), (28, 0.6), (4, 0.2)])
+def test_flow_image_to_image_runs_the_step_that_the_strength_cuts(
+    tmp_path: Path, steps: int, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small_flow_checkpoints.save("sd3", tmp_path / "sd3")
+    kind = diffusers.StableDiffusion3Img2ImgPipeline
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": steps, "strength": strength, "image": picture((48, 32))}
+    request = {**REQUEST, **given, "height": 32, "width": 48}
+    told(kind, (16, 4, 6), 7, monkeypatch)
+    expected = pipe(**request, max_sequence_length=256).images
+    actual = tintype.load(folder)(**request, seed=7).images
     assert relative_error(actual, expected) <= LATENTS_20_STEPS
 
 
