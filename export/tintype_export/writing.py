@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tintype.bundle import is_bundle
+from tintype.bundle import MANIFEST, read_manifest
 from tintype.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
-    work = _hidden(target, f"{os.getpid()}")
+    work = _hidden(target)
     try:
         work.mkdir()
         yield work
@@ -51,15 +51,27 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 def require_replaceable(target: Path) -> None:
     """Refuse a target that is somebody's other folder, which would be deleted."""
-    if target.is_dir() and not is_bundle(target) and any(target.iterdir()):
-        raise RequestError(f"{target} exists and is no bundle; name another folder with -o")
+    if target.is_dir() and (strange := _not_of_a_bundle(target)):
+        raise RequestError(
+            f"{target} holds {strange[0]}, which is not of a bundle; name another folder with -o"
+        )
     if target.exists() and not target.is_dir():
         raise RequestError(f"{target} is a file; name a folder with -o")
 
 
+def _not_of_a_bundle(folder: Path) -> list[str]:
+    """The files in a folder that the bundle there, if there is one, does not list."""
+    try:
+        own = {MANIFEST, *read_manifest(folder)["files"]}
+    except BundleError:
+        own = set()
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(set(found) - own)
+
+
 def sweep(target: Path) -> None:
     """Remove what killed exports of ``target`` left, and put back a bundle that one had just moved aside."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(\.old)?")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.tintype(\.old)?")
     for path in sorted(target.parent.iterdir()):
         found = pattern.fullmatch(path.name)
         if found is None or (_alive(int(found[1])) and int(found[1]) != os.getpid()):
@@ -140,7 +152,7 @@ def shard_paths(path: Path, count: int) -> tuple[Path, ...]:
 
 def _take_place(work: Path, target: Path) -> None:
     """A full folder cannot be renamed onto, so an older bundle steps aside first."""
-    old = _hidden(target, f"{os.getpid()}.old")
+    old = _hidden(target, ".old")
     if target.exists():
         target.rename(old)
     work.rename(target)
@@ -148,8 +160,9 @@ def _take_place(work: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _hidden(target: Path, suffix: str) -> Path:
-    return target.with_name(f".{target.name}.{suffix}")
+def _hidden(target: Path, suffix: str = "") -> Path:
+    """A folder beside the target that nobody else would name so."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tintype{suffix}")
 
 
 def _sync(folder: Path) -> None:

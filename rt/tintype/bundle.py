@@ -68,7 +68,7 @@ def open_bundle(folder: str | Path, *, check_hashes: bool = True, remember: bool
     Without `remember` every file is hashed, whatever this machine knows of it.
     """
     root = Path(folder).absolute()  # wherever the process goes from here
-    manifest = _read_manifest(root)
+    manifest = read_manifest(root)
     bundle = Bundle(
         folder=root,
         **{name: manifest[name] for name in Bundle.__dataclass_fields__ if name in manifest},
@@ -99,7 +99,8 @@ def save_manifest(bundle: Bundle) -> Path:
     return target
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> dict[str, Any]:
+    """What the `bundle.json` of a folder says, every field of the kind that it must be."""
     path = root / MANIFEST
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +133,7 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(manifest.get(name, kind()), kind):
             yield name
             return
-    if not manifest["stages"] or not _are_stages(manifest["stages"]):
+    if "decode" not in manifest["stages"] or not _are_stages(manifest["stages"]):
         yield "stages"
     for gpu, entry in manifest.get("engines", {}).items():
         if not isinstance(entry, dict) or not _are_stages(entry.get("stages")):
@@ -191,12 +192,11 @@ def _sha256(path: Path) -> str:
 def _check_sizes(bundle: Bundle) -> None:
     for relative, entry in bundle.files.items():
         path = bundle.path(relative)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
+        if not path.is_file():
             raise BundleError(
                 f"{bundle.folder}: {relative} is missing; copy or export the bundle again"
-            ) from error
+            )
+        size = path.stat().st_size
         if size != entry["size"]:
             raise BundleError(
                 f"{bundle.folder}: {relative} has {size} bytes, expected {entry['size']}; it is damaged"

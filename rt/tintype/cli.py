@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 import warnings
@@ -37,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leave:  # argparse has printed why
         return leave.code if isinstance(leave.code, int) else FAILED
     except KeyboardInterrupt:
-        print("tintype: interrupted", file=sys.stderr)
+        print("tintype: interrupted", file=sys.stderr, flush=True)
+        if (
+            argv is None
+        ):  # a thread that makes an engine's session would not survive the interpreter's end
+            os._exit(FAILED)
         return FAILED
     except (TintypeError, KernelUnavailable, OSError) as error:
         if debug:

@@ -43,7 +43,7 @@ def to_numpy(image: Any, name: str = "image", channels: int = 3) -> Floats:
     ([c, h, w] or [n, c, h, w] in 0..1).
     """
     if isinstance(image, Image.Image):
-        return _scaled(_pixels(image, name, channels)[None])
+        return _scaled(_pixels(image, name, channels))[None]
     if hasattr(image, "detach"):
         tensor = image.detach().cpu().float().numpy()
         tensor = tensor[(None,) * max(0, 4 - tensor.ndim)]
@@ -149,8 +149,15 @@ def each(images: Any, count: int, name: str = "image", channels: int = 3) -> lis
     return found if len(found) == count else found * count
 
 
-def _pixels(image: Image.Image, name: str, channels: int) -> NDArray[np.uint8]:
-    """[h, w, channels] of a picture in any of PIL's modes that it converts, with at least a pixel."""
+def _pixels(image: Image.Image, name: str, channels: int) -> NDArray[Any]:
+    """[h, w, channels] of a picture in any of PIL's modes that say what is white: 8 bits, or 0..1 of 16."""
+    if image.mode.startswith("I;16"):
+        shades = np.asarray(image, np.float32)[..., None] / np.float32(65535)
+        return np.repeat(shades, channels, axis=-1)
+    if image.mode in ("I", "F"):
+        raise RequestError(
+            f"{name} is a picture in mode {image.mode}, which has no white; convert it"
+        )
     try:
         pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     except ValueError as error:

@@ -79,6 +79,8 @@ def load(  # noqa: PLR0913 - they are what users type
             open_bundle(path), backend, lora=lora, execution=execution, **options
         )
     choose(backend, "checkpoint")  # opening one imports what an absent backend lacks
+    if is_bundle(path):
+        open_bundle(path)  # whose files are the checkpoint's, and are checked as such
     checkpoint = open_source(path, allow_pickle=allow_pickle)
     checkpoint = checkpoint.without(without) if without else checkpoint
     options |= {"offload": offload, "vae_tiling": vae_tiling, "execution": execution}

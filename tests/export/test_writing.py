@@ -74,15 +74,31 @@ def test_room_is_looked_for_where_the_target_will_be(tmp_path):
     assert require_room(tmp_path / "not" / "yet" / "there", 1) > 0
 
 
-def test_another_folder_is_not_replaced(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
-    with (
-        pytest.raises(RequestError, match="exists and is no bundle"),
-        written_whole(tmp_path / "photos"),
-    ):
+@pytest.mark.parametrize("manifest", [None, '{"private": true}', "not even JSON"])
+def test_another_folder_is_not_replaced(tmp_path, manifest):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "cat.png").write_bytes(b"cat")
+    if manifest is not None:
+        (folder / MANIFEST).write_text(manifest)
+    with pytest.raises(RequestError, match="which is not of a bundle"), written_whole(folder):
         pass
-    assert (tmp_path / "photos" / "cat.png").read_bytes() == b"cat"
+    assert (folder / "cat.png").read_bytes() == b"cat"
+
+
+def test_a_bundle_with_somebodys_file_in_it_is_not_replaced(tiny_copy):
+    (tiny_copy / "notes").mkdir()
+    (tiny_copy / "notes" / "mine.txt").write_text("x")
+    with pytest.raises(RequestError, match=r"notes/mine\.txt"), written_whole(tiny_copy):
+        pass
+    assert (tiny_copy / "notes" / "mine.txt").read_text() == "x"
+
+
+def test_folders_that_others_hid_are_left_alone(tmp_path):
+    other = tmp_path / ".bundle.4194000"
+    other.mkdir()
+    sweep(tmp_path / "bundle")
+    assert other.is_dir()
 
 
 def test_a_file_is_not_replaced(tmp_path):
@@ -107,13 +123,13 @@ def test_an_older_bundle_stays_until_the_new_one_is_whole(tiny_copy):
 def test_a_bundle_that_a_killed_export_had_moved_aside_comes_back(tiny_copy):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()  # a number that nobody has now
-    tiny_copy.rename(tiny_copy.with_name(f".bundle.{process.pid}.old"))
+    tiny_copy.rename(tiny_copy.with_name(f".bundle.{process.pid}.tintype.old"))
     sweep(tiny_copy)
     assert open_bundle(tiny_copy).name == "tiny"
 
 
 def test_the_folder_of_an_export_that_still_runs_is_left_alone(tmp_path):
-    running = tmp_path / f".bundle.{os.getppid()}"
+    running = tmp_path / f".bundle.{os.getppid()}.tintype"
     running.mkdir()
     sweep(tmp_path / "bundle")
     assert running.is_dir()

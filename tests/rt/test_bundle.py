@@ -99,6 +99,7 @@ def test_manifest_that_is_none(tiny_copy, text):
         ({"format": True}, "no format"),
         ({"stages": []}, "stages"),
         ({"stages": {}}, "stages"),
+        ({"stages": {"encode": {"b1": "encode/b1.onnx"}}}, "stages"),
         ({"stages": {"encode": "b1"}}, "stages"),
         ({"stages": {"encode": {"b1": 5}}}, "stages"),
         ({"files": "x"}, "files"),
@@ -190,7 +191,8 @@ def test_tokenizer_folder_may_not_leave_the_folder(tiny_copy):
 
 
 def test_a_stage_must_be_among_the_listed_files(tiny_copy):
-    edit(tiny_copy, stages={"encode": {"b1": "encode/b9.onnx"}})
+    stages = json.loads((tiny_copy / MANIFEST).read_text())["stages"]
+    edit(tiny_copy, stages={**stages, "encode": {"b1": "encode/b9.onnx"}})
     with pytest.raises(BundleError, match=r"encode/b9\.onnx is not among"):
         open_bundle(tiny_copy)
 

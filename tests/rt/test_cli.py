@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -121,6 +122,34 @@ def test_a_prompt_is_read_as_utf_8_whatever_the_locale(tiny_bundle, tmp_path, ty
     arguments = ["generate", typed, "-n", typed, "-m", str(tiny_bundle), "-o", str(target)]
     assert main([*arguments, "--steps", "1"]) == 0
     assert (read_png(target).prompt, read_png(target).negative_prompt) == (meant, meant)
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(tiny_bundle, tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("real.png", "link.png", "pipe"))
+    link.symlink_to(target)
+    assert generate(tiny_bundle, "--seed", "1", "-o", str(link)) == 0
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # holds a picture of this size
+    assert generate(tiny_bundle, "--seed", "1", "-o", str(pipe)) == 0
+    assert pipe.is_fifo()
+    assert os.read(reader, 1 << 16) == target.read_bytes()
+    os.close(reader)
+
+
+def test_progress_that_cannot_be_told_costs_no_picture(tiny_bundle, tmp_path, monkeypatch):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def flush(self): ...
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert generate(tiny_bundle, "-o", str(tmp_path / "a.png")) == 0
+    assert (tmp_path / "a.png").exists()
 
 
 def test_a_terminal_gets_a_bar(tiny_bundle, tmp_path, capsys, monkeypatch):

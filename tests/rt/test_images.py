@@ -82,11 +82,20 @@ def test_masks_have_one_channel():
     [
         (Image.new("RGB", (0, 4)), "image is a picture of 0x4 pixels"),
         (Image.new("La", (4, 4)), "image is a picture in mode La"),
+        (Image.new("F", (4, 4)), "image is a picture in mode F, which has no white"),
     ],
 )
 def test_pictures_without_pixels_or_in_other_modes_are_named(picture, message):
     with pytest.raises(RequestError, match=message):
         images.to_numpy(picture)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_count_to_their_own_white(channels):
+    shades = np.array([[0, 30000, 65535]], np.uint16)
+    found = images.to_numpy(Image.fromarray(shades), channels=channels)
+    expected = np.repeat(shades[None, ..., None] / 65535, channels, axis=-1)
+    np.testing.assert_array_max_ulp(found, expected.astype(np.float32), maxulp=1)
 
 
 def test_one_picture_for_all_or_one_each():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 import transformers
 
 import tintype
+from tintype.checkpoints import open_checkpoint
+from tintype.errors import BundleError
 from tintype.loading import BOX
 from tintype.noise import initial_noise
 from tintype.training.postcard import is_held_out
@@ -37,6 +41,26 @@ def postcard():
 def test_it_fits_in_forty_megabytes(name):
     files = (path for path in (BOX / name).rglob("*") if path.is_file())
     assert sum(path.stat().st_size for path in files) < 40e6
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("postcard", 4.0), ("postcard-flow", 3.0)])
+def test_what_a_request_leaves_open_is_the_same_on_every_backend(name, guidance):
+    settings = [
+        tintype.load(name, backend=each).settings() for each in ("onnxruntime", "openvino", "torch")
+    ]
+    assert settings[0] == settings[1] == settings[2]
+    assert (settings[0]["steps"], settings[0]["guidance"]) == (STEPS[name], guidance)
+    assert open_checkpoint(BOX / name).defaults["num_inference_steps"] == STEPS[name]
+
+
+def test_torch_hashes_the_files_of_a_bundle(tmp_path):
+    folder = Path(shutil.copytree(BOX / "postcard", tmp_path / "postcard"))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match="another sha256"):
+        tintype.load(folder, backend="torch")
 
 
 def test_graphs_and_torch_agree(boxed):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tintype.bundle import is_bundle, read_manifest
 from tintype.checkpoints.checkpoint import (
     Checkpoint,
     Component,
@@ -84,6 +85,8 @@ _MENDED = {
     "StableDiffusionImg2ImgPipeline": {"steps_offset": 1, "clip_sample": False},
     "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
 }
+# Which clip, made for pixels as they are, where their configuration does not say.
+_CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -115,7 +118,7 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
         components=components,
         scheduler_config=_scheduler(folder, layout.family, index),
         tokenizer_folders=tuple(existing_folder(folder / name) for name in tokenizers),
-        defaults=_defaults(layout.family, components, index),
+        defaults=_defaults(layout.family, components, index) | _exported_defaults(folder),
     )
 
 
@@ -172,6 +175,8 @@ def _scheduler(folder: Path, family: str, index: Mapping[str, Any]) -> dict[str,
     named = index.get("scheduler")
     if isinstance(named, list) and named and named[-1]:
         config = {**config, "_class_name": named[-1]}
+    if family == "latent_unet" and config.get("_class_name") in _CLIPPING:
+        config = {"clip_sample": True, **config}
     return scheduler_config(config | _MENDED.get(index["_class_name"], {}), family)
 
 
@@ -194,6 +199,11 @@ def _defaults(
         return {**settings, "left_out": [encoder_stage(name) for name in null]}
     zeros = bool(index.get("force_zeros_for_empty_prompt", "XL" in index["_class_name"]))
     return default_settings(components["unet"].config, vae, force_zeros=zeros)
+
+
+def _exported_defaults(folder: Path) -> dict[str, Any]:
+    """What a bundle that the checkpoint is, too, says of requests that leave settings open."""
+    return dict(read_manifest(folder)["defaults"]) if is_bundle(folder) else {}
 
 
 def existing_folder(folder: Path) -> Path:
@@ -239,9 +249,10 @@ def _weight_file(name: str) -> tuple[bool, bool, bool, str] | None:
 
 def _shard_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{index} has no weight_map")
-    return sorted(set(weight_map.values()))
+    return sorted(set(names))
 
 
 def _shard(folder: Path, name: str) -> Path:

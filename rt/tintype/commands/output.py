@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,15 +32,21 @@ class Progress:
         if self._terminal:
             self._drawn = True
             bar = "#" * (30 * done // total)
-            print(f"\r[{bar:30}] step {done}/{total}", end="", file=sys.stderr, flush=True)
+            _tell(f"\r[{bar:30}] step {done}/{total}", end="")
         elif done == total or time.monotonic() - self._last > 5:
             self._last = time.monotonic()
-            print(f"step {done}/{total}", file=sys.stderr)
+            _tell(f"step {done}/{total}")
 
     def close(self) -> None:
         """End the bar's line."""
         if self._drawn:
-            print(file=sys.stderr)
+            _tell("")
+
+
+def _tell(text: str, end: str = "\n") -> None:
+    """Print to stderr, where that can be written: no picture is worth less for what nobody reads."""
+    with suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def require_writable(output: Path | None) -> None:
@@ -48,6 +56,8 @@ def require_writable(output: Path | None) -> None:
         raise RequestError(f"{output} is a folder; name a PNG file with -o")
     if not folder.is_dir():
         raise RequestError(f"cannot write to {folder}: no such folder")
+    if output is not None and _is_stream(output):
+        return
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -56,7 +66,13 @@ def require_writable(output: Path | None) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside the target and rename, so that a killed run leaves no half file."""
+    """Write beside the target and rename, so that a killed run leaves no half file; links, pipes and devices stay."""
+    if _is_stream(path):
+        whole = BytesIO()
+        write(whole)
+        path.write_bytes(whole.getvalue())
+        return
+    path = path.resolve()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
@@ -67,6 +83,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a pipe or a device is there, which takes bytes and has none."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _umask() -> int:

@@ -106,6 +106,8 @@ class ScheduleConfig:
         for name, value in given.items():
             _refuse_unsupported(name, value, known)
         taken = {name: value for name, value in given.items() if name in known}
+        for name, value in taken.items():
+            _check_kind(name, value, getattr(cls, name))
         if "disable_corrector" in taken:
             taken["disable_corrector"] = tuple(taken["disable_corrector"])
         made = cls(**taken)
@@ -170,6 +172,15 @@ def _refuse_unsupported(name: str, value: Any, known: set[str]) -> None:
         choices = " or ".join(repr(choice) for choice in _ONLY[name])
         raise CheckpointError(
             f"scheduler config: {name}={value!r} is not supported, only {choices}"
+        )
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Refuse what is of another kind than the field's default; None leaves a field open."""
+    kinds = (int, float) if isinstance(default, int | float) else (type(default), list)
+    if value is not None and default is not None and not isinstance(value, kinds):
+        raise CheckpointError(
+            f"scheduler config: {name}={value!r} is a {type(value).__name__}, expected one like {default!r}"
         )
 
 

@@ -73,6 +73,10 @@ def test_step_counts_out_of_range(name, steps):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("beta_start", "0.1"),
+        ("beta_schedule", 5),
+        ("num_train_timesteps", "1000"),
+        ("disable_corrector", 5),
         ("trained_betas", [0.1, 0.2]),
         ("algorithm_type", "dpmsolver"),
         ("beta_schedule", "laplace"),
