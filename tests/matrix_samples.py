@@ -99,6 +99,7 @@ LINEAR = [
     Sample("fp8_linear", "plain", _linear("fp8", (3,), 40, 33, epilogue=False), _ADDED),
     Sample("int4_linear", "rest", _linear("int4", (2, 35), 192, 70, activation="gelu"), _ADDED),
     Sample("int4_linear", "64", _linear("int4", (3,), 64, 33, group=64, epilogue=False), _ADDED),
+    Sample("int4_linear", "odd", _linear("int4", (9,), 320, 70, epilogue=False), _ADDED),
     # one row, twenty and forty-one, which have tiles of their own, and five groups
     Sample("int4_linear", "few", _linear("int4", (20,), 160, 70), _ADDED),
     Sample("int4_linear", "128", _linear("int4", (2, 3), 256, 16, group=128, activation="gelu_tanh"), _ADDED),

@@ -34,10 +34,19 @@ inline py::array_t<std::uint32_t> philox_uint32(std::uint64_t seed, std::size_t 
 inline py::tuple scheduler_step(const Floats& x, const Floats& m, const std::optional<Floats>& m_uncond,
                                 const std::vector<Floats>& history, const std::optional<Floats>& noise,
                                 const std::array<double, 7>& scalars, const std::vector<float>& b) {
+    if (b.empty() || history.size() + 1 < b.size())
+        throw py::value_error("b has " + std::to_string(b.size()) + " weights, expected 1 .. " +
+                              std::to_string(history.size() + 1) + " beside such a history");
+    const auto checked = [&](const Floats& like) {
+        if (like.size() != x.size())
+            throw py::value_error("an array has " + std::to_string(like.size()) + " elements, expected x's " +
+                                  std::to_string(x.size()));
+        return like.data();
+    };
     const std::vector<py::ssize_t> shape(x.shape(), x.shape() + x.ndim());
     Floats out(shape), h(shape);
-    tintype::StepInputs in{x.data(), m.data(), m_uncond ? m_uncond->data() : nullptr, noise ? noise->data() : nullptr, {}};
-    for (const auto& kept : history) in.history.push_back(kept.data());
+    tintype::StepInputs in{x.data(), checked(m), m_uncond ? checked(*m_uncond) : nullptr, noise ? checked(*noise) : nullptr, {}};
+    for (const auto& kept : history) in.history.push_back(checked(kept));
     const auto f = [&](int i) { return static_cast<float>(scalars[i]); };
     const tintype::StepScalars k{f(0), f(1), f(2), f(3), f(4), f(5), f(6)};
     const auto count = static_cast<std::size_t>(x.size());

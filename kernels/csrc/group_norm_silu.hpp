@@ -57,8 +57,11 @@ struct GroupStats {
 
     void write(float* stats, std::size_t groups) const { stats[0] = mean, stats[groups] = low, stats[2 * groups] = rstd; }
 
+    // A shift moves the centre: in the offset it would cancel, where it is thousands of times the spread.
     Affine affine(float weight, float bias, float shift) const {
-        return {mean, rstd * weight, bias + (shift - low) * rstd * weight};
+        const double middle = static_cast<double>(mean) + low - shift;
+        const float centre = static_cast<float>(middle), rest = static_cast<float>(middle - centre), scale = rstd * weight;
+        return {centre, scale, bias - rest * scale};
     }
 };
 

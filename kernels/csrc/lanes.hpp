@@ -127,9 +127,11 @@ TINTYPE_INLINE Lanes all(float x) { return Lanes{} + x; }
 #if !defined(TINTYPE_PLAIN_LANES) && defined(__AVX512F__)
 #define TINTYPE_INSTRUCTION(name) _mm512_##name
 typedef __m512 Register;
+typedef __m512i IntRegister;
 #elif !defined(TINTYPE_PLAIN_LANES) && defined(__AVX__)
 #define TINTYPE_INSTRUCTION(name) _mm256_##name
 typedef __m256 Register;
+typedef __m256i IntRegister;
 #endif
 
 // The second where either is not a number.
@@ -144,6 +146,14 @@ TINTYPE_INLINE Lanes smaller(Lanes a, Lanes b) {
 TINTYPE_INLINE Lanes larger(Lanes a, Lanes b) {
 #if defined(TINTYPE_INSTRUCTION)
     return as<Lanes>(TINTYPE_INSTRUCTION(max_ps)(as<Register>(a), as<Register>(b)));
+#else
+    return select(b < a, a, b);
+#endif
+}
+
+TINTYPE_INLINE Ints larger(Ints a, Ints b) {
+#if defined(TINTYPE_INSTRUCTION) && defined(__AVX2__)
+    return as<Ints>(TINTYPE_INSTRUCTION(max_epi32)(as<IntRegister>(a), as<IntRegister>(b)));
 #else
     return select(b < a, a, b);
 #endif

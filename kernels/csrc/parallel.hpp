@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -19,6 +20,9 @@
 #endif
 
 namespace tintype {
+
+// More are worth nothing to these loops, and OpenMP ends a process to which the system refuses one.
+constexpr int kMostThreads = 256;
 
 class ThreadPool {
 public:
@@ -29,7 +33,7 @@ public:
     }
 
     int threads() const { return threads_.load(); }
-    void set_threads(int count) { threads_.store(std::max(1, count)), asked_ = true; }
+    void set_threads(int count) { threads_.store(std::clamp(count, 1, kMostThreads)), asked_ = true; }
 
     // From now on OpenMP's threads work, where a loaded library of it is found, or the pool's own; whether OpenMP's do.
     bool share_openmp([[maybe_unused]] bool share) {
@@ -53,8 +57,8 @@ public:
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (workers_ < helpers) start_worker();
-            piece_ = &piece, pieces_ = pieces, next_ = 0, invited_ = helpers;
+            while (workers_ < helpers && start_worker()) continue;
+            piece_ = &piece, pieces_ = pieces, next_ = 0, invited_ = std::min(helpers, workers_);
             ++round_;
         }
         wake_.notify_all();
@@ -100,28 +104,37 @@ private:
 
     ThreadPool() {
         const char* wanted = std::getenv("TINTYPE_NUM_THREADS");
-        const int asked = wanted ? std::atoi(wanted) : 0;
-        set_threads(asked > 0 ? asked : static_cast<int>(std::thread::hardware_concurrency()));
+        const long asked = wanted ? std::strtol(wanted, nullptr, 10) : 0;
+        const long count = asked > 0 ? asked : static_cast<long>(std::thread::hardware_concurrency());
+        set_threads(static_cast<int>(std::min<long>(count, kMostThreads)));
         asked_ = asked > 0;
     }
 
-    void start_worker() {
+    // Whether the system gave one more thread; without it those that there are do the work.
+    bool start_worker() {
+        try {
+            std::thread([this, seen = round_.load()] { work(seen); }).detach();
+        } catch (const std::system_error&) {
+            return false;
+        }
         ++workers_;
-        std::thread([this, seen = round_.load()]() mutable {
-            for (;;) {
-                linger([&] { return round_ != seen; });
-                {
-                    std::unique_lock<std::mutex> lock(mutex_);
-                    wake_.wait(lock, [&] { return round_ != seen; });
-                    seen = round_;
-                    if (invited_ == 0) continue;
-                    --invited_, ++working_;
-                }
-                take_pieces();
-                std::lock_guard<std::mutex> lock(mutex_);
-                if (--working_ == 0) done_.notify_one();
+        return true;
+    }
+
+    void work(std::size_t seen) {
+        for (;;) {
+            linger([&] { return round_ != seen; });
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return round_ != seen; });
+                seen = round_;
+                if (invited_ == 0) continue;
+                --invited_, ++working_;
             }
-        }).detach();
+            take_pieces();
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (--working_ == 0) done_.notify_one();
+        }
     }
 
     // Watches a while for what mostly comes at once: to be woken takes longer than many a loop.

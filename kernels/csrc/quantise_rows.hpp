@@ -46,24 +46,28 @@ TINTYPE_INLINE Lanes last_of(const typename Weights<Kind>::Type* from, std::size
     return Weights<Kind>::wide(padded);
 }
 
-TINTYPE_INLINE Lanes magnitude(Lanes v) { return as<Lanes>(as<Words>(v) & 0x7fffffffu); }
+// Bits of magnitudes are integers that order as these do, NaN above all: as floats a maximum would drop it.
+TINTYPE_INLINE Ints magnitude_bits(Lanes v) { return as<Ints>(as<Words>(v) & 0x7fffffffu); }
 
-TINTYPE_INLINE float top_lane(Lanes top) {
-    float most = top[0];
-    for (std::size_t lane = 1; lane < kLanes; ++lane) most = top[lane] > most ? top[lane] : most;
-    return most;
+// From a copy: a register whose lanes are asked for one by one lies in memory through the loop before.
+TINTYPE_INLINE float top_lane(Ints top) {
+    std::int32_t lanes[kLanes], most = 0;
+    std::memcpy(lanes, &top, sizeof(lanes));
+    for (const std::int32_t lane : lanes) most = lane > most ? lane : most;
+    return as<float>(most);
 }
 
 template <Element Kind>
 TINTYPE_INLINE float largest(const typename Weights<Kind>::Type* w, std::size_t n) {
-    Lanes top = {};
+    Ints top = {};
     std::size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) top = larger(magnitude(Weights<Kind>::wide(w + i)), top);
-    if (i < n) top = larger(magnitude(last_of<Kind>(w + i, n - i)), top);
+    for (; i + kLanes <= n; i += kLanes) top = larger(magnitude_bits(Weights<Kind>::wide(w + i)), top);
+    if (i < n) top = larger(magnitude_bits(last_of<Kind>(w + i, n - i)), top);
     return top_lane(top);
 }
 
-TINTYPE_INLINE float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
+// What is below the least normal number has none in float32, nor has NaN; infinity's is 0. Without one all codes are 0.
+TINTYPE_INLINE float inverse_of(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
 
 // The nearest integers within +-limit, halves to even: adding 1.5 * 2^23 leaves them in the last bits.
 TINTYPE_INLINE Ints codes_of(Lanes w, float inverse, float limit) {
@@ -76,6 +80,10 @@ TINTYPE_INLINE void int8_row_of(const void* weights, std::size_t n, std::int8_t*
     const auto* w = static_cast<const typename Weights<Kind>::Type*>(weights);
     *scale = largest<Kind>(w, n) / 127.0f;
     const float inverse = inverse_of(*scale);
+    if (inverse == 0.0f) {
+        std::memset(codes, 0, n);
+        return;
+    }
     std::size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(codes + i, converted<Bytes>(codes_of(Weights<Kind>::wide(w + i), inverse, 127.0f)));
     if (i == n) return;
@@ -91,6 +99,10 @@ TINTYPE_INLINE void int4_row_of(const void* weights, std::size_t n, std::size_t 
     for (; n; n -= group, w += group, packed += half, ++scales) {
         *scales = largest<Kind>(w, group) / 7.0f;
         const float inverse = inverse_of(*scales);
+        if (inverse == 0.0f) {
+            std::memset(packed, 0x88, half);
+            continue;
+        }
         for (std::size_t j = 0; j < half; j += kLanes) {
             const Ints low = codes_of(Weights<Kind>::wide(w + j), inverse, 7.0f) + 8;
             const Ints high = codes_of(Weights<Kind>::wide(w + j + half), inverse, 7.0f) + 8;

@@ -44,7 +44,8 @@ def select(
         known = fastest(able)
         return known or next(n for n in able if not (n.startswith("triton") and interpreting()))
     # An op without that variant of Triton's has Triton's form.
-    name = wanted if wanted in obstacles else wanted.partition("_")[0]
+    other_variant = wanted.startswith("triton_") and wanted not in obstacles
+    name = "triton" if other_variant else wanted
     if name in able:
         return name
     why = f": {obstacles[name]}" if name in obstacles else ""

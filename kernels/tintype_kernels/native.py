@@ -31,7 +31,7 @@ def threads() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads from now on."""
+    """Use `count` threads from now on, or 256 if that is fewer."""
     if count < 1:
         raise ValueError(f"count is {count}, expected at least 1")
     _extension().set_threads(count)

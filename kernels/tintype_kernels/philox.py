@@ -27,14 +27,8 @@ def philox_uint32(
 
     `seed` and `first_block` are 64 bits wide, `step` and `stream` 32.
     """
-    for name, value, bits in (
-        ("seed", seed, 64),
-        ("first_block", first_block, 64),
-        ("step", step, 32),
-        ("stream", stream, 32),
-    ):
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"{name}={value} is not an unsigned integer of {bits} bits")
+    check_key(seed, step, stream)
+    _check_unsigned("first_block", first_block, 64)
     if count < 0:
         raise ValueError(f"count={count} is negative")
     if select_for_arrays() == "native":
@@ -44,6 +38,18 @@ def philox_uint32(
         )
         return numbers
     return reference(seed, count, step=step, stream=stream, first_block=first_block)
+
+
+def check_key(seed: int, step: int, stream: int) -> None:
+    """Raise unless the generator takes them."""
+    _check_unsigned("seed", seed, 64)
+    _check_unsigned("step", step, 32)
+    _check_unsigned("stream", stream, 32)
+
+
+def _check_unsigned(name: str, value: int, bits: int) -> None:
+    if not 0 <= value < 1 << bits:
+        raise ValueError(f"{name}={value} is not an unsigned integer of {bits} bits")
 
 
 def reference(

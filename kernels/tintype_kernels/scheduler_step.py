@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tintype_kernels import native
 from tintype_kernels.dispatch import select_for_arrays
-from tintype_kernels.philox import philox_normals
+from tintype_kernels.philox import check_key, philox_normals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ class NoiseKey(NamedTuple):
         """An array like x."""
         count = int(np.prod(x.shape[1:]))
         rows = [philox_normals(s, count, step=self.step, stream=self.stream) for s in self.seeds]
-        return np.stack(rows).astype(x.dtype).reshape(x.shape)
+        return np.array(rows, x.dtype).reshape(x.shape)  # which no rows are, too
 
 
 def scheduler_step(
@@ -77,10 +77,8 @@ def scheduler_step(
     """
     if isinstance(row, Row):
         _check_row(history, row, noise)
-    if isinstance(noise, NoiseKey) and len(noise.seeds) != x.shape[0]:
-        raise ValueError(
-            f"noise has {len(noise.seeds)} seeds, expected one for each of x's {x.shape[0]} rows"
-        )
+    if isinstance(noise, NoiseKey):
+        _check_key(noise, x)
     step: Any = _step_arrays
     if not isinstance(x, np.ndarray):
         from tintype_kernels.ops.scheduler_step import scheduler_step as step  # needs torch
@@ -88,7 +86,18 @@ def scheduler_step(
     return result
 
 
+def _check_key(noise: NoiseKey, x: Any) -> None:
+    if len(noise.seeds) != x.shape[0]:
+        raise ValueError(
+            f"noise has {len(noise.seeds)} seeds, expected one for each of x's {x.shape[0]} rows"
+        )
+    for seed in noise.seeds:
+        check_key(seed, noise.step, noise.stream)
+
+
 def _check_row(history: Sequence[Any], row: Row, noise: Any) -> None:
+    if not row.b:
+        raise ValueError("row.b is (), expected the weight of this step's h at least")
     if len(history) < len(row.b) - 1:
         raise ValueError(
             f"history has {len(history)} arrays, expected {len(row.b) - 1} as row.b asks"
@@ -100,6 +109,8 @@ def _check_row(history: Sequence[Any], row: Row, noise: Any) -> None:
 def _step_arrays(
     x: Array, m: Array, m_uncond: Array | None, history: Sequence[Array], row: Row, noise: Any
 ) -> tuple[Array, Array]:
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}, expected a floating type")
     noise = noise.normals(x) if isinstance(noise, NoiseKey) else noise
     check_like(x, m=m, m_uncond=m_uncond, noise=noise, **by_age(history))
     arrays = {"x": x, "m": m, "m_uncond": m_uncond, "noise": noise, **by_age(history)}
@@ -166,13 +177,25 @@ def reference(
 
 def _thresholded(h: Any, quantile: float, largest: float) -> Any:
     """Dynamic thresholding of each sample of h [n, ...] (Saharia et al., NeurIPS 2022, section 2.3)."""
-    magnitude = abs(h).reshape(len(h), -1)
+    n = h.shape[0]
+    magnitude = abs(h).reshape(n, math.prod(h.shape[1:]))
     if isinstance(h, np.ndarray):
         bound = np.quantile(magnitude, quantile, axis=1).clip(1, largest).astype(h.dtype)
     else:
-        bound = magnitude.quantile(quantile, dim=1).clip(1, largest)
-    bound = bound.reshape(-1, *[1] * (h.ndim - 1))
+        bound = _quantiles(magnitude, quantile).clip(1, largest)
+    bound = bound.reshape(n, *[1] * (h.ndim - 1))
     return h.clip(-bound, bound) / bound
+
+
+def _quantiles(rows: Tensor, quantile: float) -> Tensor:
+    """Of rows [n, count], [n]; `torch.quantile` takes no more than 2**24 numbers."""
+    count = rows.shape[1]
+    ordered = rows.sort(1).values
+    place = quantile * (count - 1)
+    below = math.floor(place)
+    low, high = ordered[:, below], ordered[:, min(below + 1, count - 1)]
+    # NaN sorts last, and makes NaN of its row's quantile.
+    return low.lerp(high, place - below).where(ordered[:, -1] >= 0, math.nan)
 
 
 scheduler_step.reference = reference  # type: ignore[attr-defined]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from tintype_kernels import choice, triton_support
@@ -18,6 +20,13 @@ from tintype_kernels.dispatch import interpreting, select
 extension.share_openmp()
 # How many modes watch, such as one that fakes tensors.
 _watchers: Callable[[], int] = torch._C._len_torch_dispatch_stack
+# What torch.jit records, and the innermost of functorch's transforms, such as vmap: None where there is none.
+_recording: Callable[[], Any] = torch._C._get_tracing_state
+_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+# The types that numbers come in: those of eight bits are codes, and kernels do not compute in them.
+_FLOATING = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_UNCHANGED = nullcontext()  # made once: it is entered at every call
 
 Obstacle = Callable[..., str]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -88,8 +97,9 @@ class TorchOp:
         )
 
     def _run(self, *arguments: Any) -> Any:
+        tensor = first_tensor(arguments)
         # Triton launches on the current device, also where forms are measured to choose one
-        with torch.cuda.device_of(first_tensor(arguments)):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(tensor), _as_promised(tensor):  # type: ignore[no-untyped-call]
             return self.implementations[self.form(*arguments)](*arguments)
 
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
@@ -114,12 +124,31 @@ class TorchOp:
         return self.obstacles[name](*arguments) if name in self.obstacles else ""
 
 
+def _as_promised(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast out of an op's body: its products shall have the types that the op's fake gives."""
+    kind = tensor.device.type
+    if _autocasting() and torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return _UNCHANGED
+
+
 def _is_plain(arguments: tuple[Any, ...]) -> bool:
     """Whether no gradient is asked for, and nothing traces or watches: tensors are what they seem."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _watchers():
+    if torch.is_grad_enabled() or is_watched():
         return False
     tensors = (value for value in arguments if isinstance(value, Tensor))
     return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+
+
+def is_watched() -> bool:
+    """Whether something compiles, traces, transforms or differentiates forwards what runs now."""
+    return bool(
+        torch.compiler.is_compiling()
+        or _watchers()
+        or _recording() is not None
+        or _transform() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def first_tensor(arguments: Any) -> Tensor:
@@ -163,11 +192,16 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> No
         )
 
 
-def check_floating(name: str, tensor: Tensor, ndim: int) -> None:
-    """Raise unless `tensor` is of a floating type and has `ndim` dimensions."""
-    if tensor.ndim != ndim or not tensor.dtype.is_floating_point:
+def is_floating(tensor: Tensor) -> bool:
+    """Whether kernels compute in the tensor's type."""
+    return tensor.dtype in _FLOATING
+
+
+def check_floating(name: str, tensor: Tensor, ndim: int, channels: int = -1) -> None:
+    """Raise unless `tensor` is of a floating type and has `ndim` dimensions, with something in that of `channels`."""
+    if tensor.ndim != ndim or not is_floating(tensor) or not tensor.shape[channels]:
         raise ValueError(
-            f"{name} is {describe(tensor)}, expected a floating tensor of {ndim} dimensions"
+            f"{name} is {describe(tensor)}, expected a floating tensor of {ndim} dimensions with channels"
         )
 
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import tintype_kernels
 from tintype_kernels import KernelUnavailable, implementation, native, philox_uint32
 from tintype_kernels.dispatch import select
+from tintype_kernels.ops.quantise import quantize_fp8
 
 
 def test_auto_picks_native_where_it_is_built():
@@ -34,6 +36,19 @@ def test_the_variable_is_read_at_each_call(monkeypatch):
     monkeypatch.setenv("TINTYPE_KERNELS", "warp")
     with pytest.raises(KernelUnavailable, match="warp.*auto, native, reference"):
         philox_uint32(1, 3)
+
+
+@pytest.mark.parametrize("wanted", ["native_typo", "reference_typo", "Auto", "triton-vector"])
+def test_a_name_that_is_none_is_refused(wanted, monkeypatch):
+    monkeypatch.setenv("TINTYPE_KERNELS", wanted)
+    for call in (lambda: select(triton="", native=""), lambda: quantize_fp8(torch.zeros(2, 32))):
+        with pytest.raises(KernelUnavailable, match=f"{wanted} .*choose one of auto, .*reference"):
+            call()
+
+
+def test_an_op_without_a_variant_has_tritons_form(monkeypatch):
+    monkeypatch.setenv("TINTYPE_KERNELS", "triton_vector")
+    assert select(triton="", native="") == "triton"
 
 
 def test_arrays_have_no_triton_form(monkeypatch):

@@ -76,6 +76,15 @@ def test_a_sample_of_zeros_gives_bias_and_residual(implementation):
 
 
 @each_form
+def test_a_sample_next_to_zero_counts_as_zeros(implementation):
+    x, qw, bias = torch.full((2, 4, 3, 3), 1e-38), quantised(normal(5, 4, 3, 3)), normal(5).float()
+    qw = qw._replace(scales=qw.scales * 1e38)  # so that no more than zeros is none
+    with forced(implementation):
+        found = int8_conv2d(x, qw, bias)
+    assert torch.equal(found, bias[:, None, None].expand_as(found))
+
+
+@each_form
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_shows_in_its_sample_alone(implementation, value):
     x, qw = normal(3, 4, 5, 5).float(), quantised(normal(6, 4, 3, 3))
@@ -135,12 +144,19 @@ def test_gradcheck_by_steps_of_one_code(stride):
         assert torch.autograd.gradcheck(lambda x, b, r: call(x, qw, b, r), leaves, eps=1.0)
 
 
+KERNELS = Int8Weight(torch.zeros(6, 4, 3, 3, dtype=torch.int8), torch.ones(6))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": torch.zeros(4, 5, 5)}, r"x is torch.float32\[4, 5, 5\].*4 dimensions"),
         ({"x": torch.zeros(2, 4, 5, 5).int()}, "x is torch.int32"),
         ({"x": torch.zeros(2, 3, 5, 5)}, r"qw has codes .*expected torch.int8\[out, 3, kh, kw\]"),
+        ({"qw": KERNELS._replace(codes=KERNELS.codes[0])}, "qw has codes .* of 4 dimensions"),
+        ({"qw": KERNELS._replace(codes=KERNELS.codes.view(torch.uint8))}, "expected torch.int8 of"),
+        ({"qw": KERNELS._replace(scales=torch.ones(1))}, r"scales is .*\[1\].*\[6\]"),
+        ({"qw": KERNELS._replace(scales=torch.ones(6).half())}, "scales is torch.float16"),
         ({"x": torch.zeros(2, 4, 5, 0)}, r"x is .*that hold a kernel of \[3, 3\]"),
         ({"bias": torch.zeros(6).half()}, r"bias is torch.float16\[6\].*torch.float32\[6\]"),
         ({"residual": torch.zeros(2, 6, 5, 4)}, r"residual is .*\[2, 6, 5, 5\]"),

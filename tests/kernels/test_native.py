@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -87,6 +90,15 @@ def test_group_norm_of_extremes(last, mean, spread, instruction_set):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+def test_a_residual_of_channels_may_take_the_mean_away(last, instruction_set):
+    x, residual = normal(2, 8, 9, 11, mean=1e4).float(), normal(2, 8, 1, 1, mean=-1e4).float()
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    ones = torch.ones(8)
+    out, _ = native.group_norm_silu(x, ones, ones, 2, 1e-5, False, residual)
+    assert norm_error(out, normed(x, ones, ones, 2, residual, silu=False)) < FLOAT32
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
 def test_group_norm_of_a_corner_far_from_all_others(last, instruction_set):
     """The sums' first centre is off by much of what it is taken from."""
     x = normal(2, 8, 33, 65).float()
@@ -130,12 +142,13 @@ def test_the_step_has_numpys_bits(count, row, instruction_set, thread_count, mon
 def test_quantisers_agree_on_every_instruction_set(dtype, instruction_set):
     w = normal(9, 192, spread=3.0).to(dtype)
     w[0, :4] = torch.tensor([6e-8, 6e4, -1e-5, 0.0])
+    w[1, 150], w[2, 150], w[3] = float("nan"), float("inf"), 1e-38
     plain = [native.quantize_int8(w), native.quantize_int4(w, 64)]
     native.module.use_instruction_set("baseline")
     baseline = [native.quantize_int8(w), native.quantize_int4(w, 64)]
     for (codes, scales), (other, other_scales) in zip(plain, baseline, strict=True):
         assert torch.equal(codes, other)
-        assert torch.equal(scales, other_scales)
+        assert torch.equal(scales.nan_to_num(-1.0), other_scales.nan_to_num(-1.0))
 
 
 def test_numpy_arrays_give_numpy_arrays():
@@ -181,6 +194,33 @@ def test_a_forked_child_works_without_the_parents_threads(whose_threads):
     child.join(30)
     assert child.exitcode == 0
     assert queue.get() == 2 * 32 * 64 * 65
+
+
+WORK = """
+import os, resource
+import numpy as np
+from tintype_kernels import native
+x, ones = np.ones((64, 64, 32, 32), np.float32), np.ones(64, np.float32)
+if {refused}:
+    if os.getuid() == 0:
+        os.setuid(65534)  # root has no such limit
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+for _ in range(2):
+    assert (native.group_norm_silu(x, ones, ones, 64, 1e-5, False)[0] == 1).all()
+print(native.threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
+@pytest.mark.parametrize(
+    ("asked", "refused", "expected"),
+    [("1000000", False, 256), ("99999999999999999999", False, 256), ("64", True, 64)],
+)
+def test_more_threads_than_there_can_be_do_no_harm(asked, refused, expected):
+    environment = {**os.environ, "TINTYPE_NUM_THREADS": asked}
+    command = [sys.executable, "-c", WORK.format(refused=refused)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(expected), done.stderr
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():

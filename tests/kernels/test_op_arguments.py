@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from kernel_checks import norm_error, normal
 from tintype_kernels import (
+    bias_residual,
     gate_residual,
     geglu,
     group_norm_silu,
@@ -65,6 +66,14 @@ X4, X3, V = torch.zeros(2, 6, 4, 4), torch.zeros(2, 3, 6), torch.zeros(6)
 WRONG = [
     (group_norm_silu, (X3, V, V, 2), r"x is torch.float32\[2, 3, 6\] on cpu, .*4 dimensions"),
     (group_norm_silu, (X4.int(), V, V, 2), r"x is torch.int32"),
+    (group_norm_silu, (X4.to(torch.float8_e4m3fn), V, V, 2), "x is torch.float8_e4m3fn"),
+    (group_norm_silu, (X4[:, :0], V[:0], V[:0], 2), r"x is torch.float32\[2, 0, 4, 4\].* with channels"),
+    (bias_residual, (X4[:, :0], V[:0]), r"x is torch.float32\[2, 0, 4, 4\].* with channels"),
+    (layer_norm_modulate, (X3[..., :0], V[:0], V[:0]), r"x is torch.float32\[2, 3, 0\].* with channels"),
+    (gate_residual, (X3[..., :0], X3[..., :0], V[:0]), r"x is torch.float32\[2, 3, 0\].* with channels"),
+    (qk_norm_rope, (X4[..., :0], X4[..., :0], None, None, V, V), r"q is .*\[2, 6, 4, 0\].* with channels"),
+    (geglu, (X3[..., :0],), r"x is .*\[2, 3, 0\].*\[..., 2\*c\]"),
+    (geglu, (X3.to(torch.float8_e5m2),), "x is torch.float8_e5m2"),
     (group_norm_silu, (X4, V, V, 4), "groups is 4, expected a divisor of x's 6 channels"),
     (group_norm_silu, (X4, V[1:], V, 2), r"weight is torch.float32\[5\].*\[6\]"),
     (group_norm_silu, (X4, V, V.half(), 2), r"bias is torch.float16\[6\].*torch.float32"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,9 +17,20 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (3, 37), (5, 256)]
 
 
+QUANTISERS = {"int8": quantize_int8, "int4": partial(quantize_int4, group=32), "fp8": quantize_fp8}
+REFERENCES = {
+    "int8": quantize_int8.reference,
+    "int4": partial(quantize_int4.reference, group=32),
+    "fp8": quantize_fp8.reference,
+}
+# the least of them so small that a scale has no inverse in float32
+SPREADS = [1e-38, 1e-6, 1.0, 1e4]
+each_scheme = pytest.mark.parametrize("scheme", QUANTISERS)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("spread", SPREADS)
 def test_int8_in_cpp_has_pytorchs_bits(dtype, shape, spread):
     w = normal(*shape, spread=spread).to(dtype)
     with forced("native"):
@@ -28,7 +41,7 @@ def test_int8_in_cpp_has_pytorchs_bits(dtype, shape, spread):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("spread", SPREADS)
 def test_int4_in_cpp_has_pytorchs_bits(dtype, group, spread):
     w = normal(7, 384, spread=spread).to(dtype)
     with forced("native"):
@@ -65,9 +78,50 @@ def test_fp8_moves_no_weight_by_more_than_a_sixteenth():
     assert (moved <= w.abs().maximum(least) / 16 * (1 + CODE_ROUNDING)).all()
 
 
-@pytest.mark.parametrize("quantize", [quantize_int8, quantize_fp8, lambda w: quantize_int4(w, 32)])
-def test_zeros_stay_zeros(quantize):
-    assert not dequantize(quantize(torch.zeros(2, 32))).any()
+@each_scheme
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-45])
+def test_zeros_stay_zeros_and_what_is_next_to_them_becomes_that(scheme, value):
+    for quantize in (QUANTISERS[scheme], REFERENCES[scheme]):
+        assert not dequantize(quantize(torch.full((2, 32), value))).any()
+
+
+@each_scheme
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_in_its_own_row_alone_and_in_every_form(scheme, value):
+    w = normal(3, 64).float()
+    clean = dequantize(REFERENCES[scheme](w))
+    w[1, 7] = w[1, 40] = value
+    plain = REFERENCES[scheme](w)
+    for found in (QUANTISERS[scheme](w), plain):
+        numbers = dequantize(found)
+        assert not numbers[1].isfinite().any()
+        assert torch.equal(numbers[::2], clean[::2])
+        assert torch.equal(found[0].view(torch.uint8), plain[0].view(torch.uint8))
+
+
+@each_scheme
+def test_no_gradient_passes(scheme):
+    w = torch.nn.Parameter(normal(4, 64).float())
+    for quantize in (QUANTISERS[scheme], REFERENCES[scheme]):
+        assert not any(tensor.requires_grad for tensor in quantize(w))
+
+
+@each_scheme
+def test_compiles_and_exports_whole(scheme):
+    quantize, w = QUANTISERS[scheme], normal(10, 64).float()
+
+    class Module(torch.nn.Module):
+        def forward(self, w):
+            return tuple(quantize(w))
+
+    eager = tuple(quantize(w))
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    rows = {"w": {0: torch.export.Dim("rows")}}
+    exported = torch.export.export(Module(), (w,), dynamic_shapes=rows).module()
+    for given, expected in ((w, eager), (w[:3], [part[:3] for part in eager])):
+        for form in (compiled, exported):
+            for found, part in zip(form(given), expected, strict=True):
+                assert torch.equal(found.view(torch.uint8), part.view(torch.uint8))
 
 
 def test_a_byte_holds_a_value_of_each_half_of_its_group():
@@ -86,8 +140,9 @@ def test_strided_weights_and_float64():
         quantize_int8(w)
 
 
-@pytest.mark.parametrize("quantize", [quantize_int8, quantize_fp8, lambda w: quantize_int4(w, 32)])
-def test_weights_are_checked_by_name(quantize):
+@each_scheme
+def test_weights_are_checked_by_name(scheme):
+    quantize = QUANTISERS[scheme]
     with pytest.raises(ValueError, match="w is .*expected a floating tensor of 2 dimensions"):
         quantize(torch.zeros(2, 3, 32))
     with pytest.raises(ValueError, match="w is torch.int8"):

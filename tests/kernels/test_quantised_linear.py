@@ -114,9 +114,46 @@ def test_a_token_of_zeros_gives_the_bias(name):
 
 
 @every_op
+def test_gradients_of_a_single_token(name):
+    op, quantize, _ = OPS[name]
+    qw = quantize(normal(24, 64).float())
+    x, bias = (normal(n).float().requires_grad_() for n in (64, 24))
+    grad = normal(24).float()
+    dx, dbias = torch.autograd.grad(op(x, qw, bias), [x, bias], grad)
+    assert norm_error(dx, grad.double() @ dequantize(qw, torch.float64)) < KERNEL_NORM["float32"]
+    assert torch.equal(dbias, grad)
+
+
+I8, F8, I4 = (quantize(torch.zeros(24, 64)) for _, quantize, _ in OPS.values())
+WEIGHTS = [
+    (int8_linear, I4, TypeError, "qw is Int4Weight, expected Int8Weight"),
+    (int8_linear, tuple(I8), TypeError, "qw is tuple, expected Int8Weight"),
+    (fp8_linear, I8, TypeError, "qw is Int8Weight, expected Fp8Weight"),
+    (int4_linear, I8, TypeError, "qw is Int8Weight, expected Int4Weight"),
+    (int8_linear, I8._replace(codes=F8.codes), ValueError, "qw has codes torch.float8_e4m3fn.*expected torch.int8"),
+    (fp8_linear, F8._replace(codes=I8.codes), ValueError, "qw has codes torch.int8.*expected torch.float8_e4m3fn"),
+    (int8_linear, I8._replace(codes=I8.codes[0]), ValueError, r"qw has codes torch.int8\[64\].*of 2 dimensions"),
+    (int8_linear, I8._replace(scales=I8.scales[:1]), ValueError, r"scales is torch.float32\[1\].*torch.float32\[24\]"),
+    (fp8_linear, F8._replace(scales=F8.scales.half()), ValueError, r"scales is torch.float16.*torch.float32\[24\]"),
+    (int4_linear, I4._replace(packed=I4.packed.view(torch.int8)), ValueError, "qw is packed as .*torch.uint8"),
+    (int4_linear, I4._replace(scales=I4.scales[:5]), ValueError, r"scales is torch.float32\[5, 2\].*\[24, 2\]"),
+    (int4_linear, I4._replace(scales=I4.scales.half()), ValueError, r"scales is torch.float16.*torch.float32\[24, 2\]"),
+    (int4_linear, I4._replace(scales=torch.ones(24, 3)), ValueError, r"qw has scales .*\[24, 3\].* groups of \(32, 64"),
+    (int4_linear, I4._replace(scales=torch.ones(24)), ValueError, r"qw has scales torch.float32\[24\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "qw", "error", "message"), WEIGHTS)
+def test_weights_that_do_not_fit_are_named(op, qw, error, message):
+    with pytest.raises(error, match=message):
+        op(torch.zeros(2, 64), qw)
+
+
+@every_op
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": torch.zeros(2, 64, dtype=torch.float8_e5m2)}, "x is torch.float8_e5m2"),
         ({"x": torch.zeros(2, 32)}, r"x is .*expected a floating tensor \[..., 64\]"),
         ({"x": torch.zeros(2, 64, dtype=torch.int32)}, "x is torch.int32"),
         ({"bias": torch.zeros(25)}, r"bias is .*expected torch.float32\[24\]"),

@@ -214,6 +214,9 @@ def test_compiles_and_exports_whole(scheme):
         (lambda rows, qw: int8_linear(rows, quantize_int8(torch.zeros(24, 32))), r"expected .*\[..., 32\]"),
         (lambda rows, qw: int8_linear(rows, qw, torch.zeros(24).half()), r"bias is torch.float16.*torch.float32\[24\]"),
         (lambda rows, qw: int8_linear(rows, qw, None, "none", torch.zeros(3, 24)), r"residual is .*\[2, 24\]"),
+        (lambda rows, qw: int8_linear(rows._replace(scales=rows.scales[:1]), qw), r"x's scales is .*\[1\].*\[2\]"),
+        (lambda rows, qw: int8_linear(rows, qw._replace(scales=qw.scales[:1])), r"qw's scales is .*\[1\].*\[24\]"),
+        (lambda rows, qw: activate_quantized(torch.zeros(2, 0)), r"x is .*\[2, 0\]"),
         (lambda rows, qw: activate_quantized(torch.zeros(2, 64), "int4"), "scheme is 'int4', expected one of int8"),
         (lambda rows, qw: activate_quantized(torch.zeros(2, 64), activation="relu"), "activation is 'relu'"),
         (lambda rows, qw: activate_quantized(torch.zeros(2, 64).int()), "x is torch.int32"),
@@ -225,6 +228,16 @@ def test_compiles_and_exports_whole(scheme):
 def test_arguments_are_checked_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(activate_quantized(torch.zeros(2, 64)), quantize_int8(torch.zeros(24, 64)))
+
+
+@each_scheme
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_a_row_next_to_zero_becomes_zeros_and_keeps_its_scale(scheme, implementation):
+    x = torch.full((2, 40), 1e-38)
+    with forced(implementation):
+        rows = activate_quantized(x, scheme)
+    assert not rows.codes.view(torch.uint8).any()
+    assert torch.equal(rows.scales, x[:, 0] / LARGEST[rows.codes.dtype])
 
 
 def test_a_row_that_fits_no_block_is_refused_to_triton():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tintype_kernels import KernelUnavailable, Row, scheduler_step
+from tintype_kernels import KernelUnavailable, NoiseKey, Row, scheduler_step
+from tintype_kernels import native as extension
 from tintype_kernels.scheduler_step import reference
 from tolerances import KERNEL_STEP, relative_error
 
@@ -100,8 +101,36 @@ def test_a_threshold_divides_each_sample_by_its_own_quantile(monkeypatch):
         scheduler_step(x, m, uncond, [kept], row, noise)
 
 
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_a_batch_of_none_gives_none(implementation, monkeypatch):
+    monkeypatch.setenv("TINTYPE_KERNELS", implementation)
+    x, m, uncond, kept, _ = draw((0, 3, 4))
+    made = scheduler_step(x, m, uncond, [kept], ROW, NoiseKey([], step=0))
+    assert [array.shape for array in made] == [x.shape] * 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "history", "message"),
+    [
+        ((), 0, "b has 0 weights"),
+        ((1.0, 0.5), 0, "b has 2 weights, expected 1 .. 1"),
+        ((1.0,), 1, "has 4 elements, expected x's 6"),
+    ],
+)
+def test_the_extension_reads_no_array_that_it_was_not_given(weights, history, message):
+    x, short = np.ones((2, 3), np.float32), np.ones(4, np.float32)
+    with pytest.raises(ValueError, match=message):
+        extension.module.scheduler_step(x, x, None, [short] * history, None, (1.0,) * 7, weights)
+
+
 def test_arguments_are_checked_by_name():
     x, m, uncond, kept, noise = draw((2, 3))
+    with pytest.raises(ValueError, match=r"row.b is \(\), expected .* at least"):
+        scheduler_step(x, m, None, [], ROW._replace(b=(), s=0))
+    with pytest.raises(ValueError, match=r"x is int32\[2, 3\], expected a floating type"):
+        scheduler_step(*[np.ones((2, 3), np.int32)] * 2, None, [kept], ROW._replace(s=0))
+    with pytest.raises(ValueError, match="seed=-1 is not an unsigned integer of 64 bits"):
+        scheduler_step(x, m, uncond, [kept], ROW, NoiseKey([-1, 2], step=0))
     with pytest.raises(ValueError, match=r"m is float32\[3, 2\], expected float32\[2, 3\]"):
         scheduler_step(x, m.T, None, [kept], ROW, noise)
     with pytest.raises(ValueError, match="noise is float64"):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kernel_checks import forced
+from kernel_checks import forced, norm_error
 from tintype_kernels import KernelUnavailable, NoiseKey, Row, philox_uint32, scheduler_step
 from tintype_kernels.philox import philox_normals
 from tintype_kernels.triton_support import jit, tl
-from tolerances import KERNEL_NORMALS
+from tolerances import KERNEL_NORM, KERNEL_NORMALS
 
 ROW = Row(u_x=1.2, u_m=-0.7, a=0.4, c=0.3, b=(0.9, -0.2), s=0.1, clip=0.8, guidance=7.5)
 # Nothing but the noise is left of x.
@@ -140,8 +140,60 @@ def test_a_threshold_sorts_which_only_the_reference_does():
         scheduler_step(x, m, uncond, [kept], row, noise)
 
 
+# of the quantile at 0.9 of samples too large for `torch.quantile`
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 37), torch.float16), ((2, 37), torch.bfloat16), ((1, 2**24 + 9), torch.float32)],
+    ids=str,
+)
+def test_a_threshold_takes_any_type_and_size(shape, dtype):
+    m = (3 * torch.rand(shape, generator=torch.Generator().manual_seed(2))).to(dtype)
+    row = Row(u_x=0, u_m=1, a=0, c=0, b=(1,), threshold=(0.9, 10.0))
+    found, _ = scheduler_step(m, m, None, [], row)
+    bound = np.quantile(m.double().numpy(), 0.9, axis=1, keepdims=True)
+    expected = np.minimum(m.double().numpy(), bound) / bound
+    assert found.dtype == dtype
+    assert norm_error(found, torch.from_numpy(expected)) < KERNEL_NORM[str(dtype)[6:]]
+
+
+def test_nan_makes_its_own_samples_threshold_nan():
+    m = torch.ones(2, 8)
+    m[1, 3] = float("nan")
+    row = Row(u_x=0, u_m=1, a=0, c=0, b=(1,), threshold=(0.5, 2.0))
+    for array in (m, m.numpy()):
+        found, _ = scheduler_step(array, array, None, [], row)
+        assert np.isnan(np.asarray(found)).all(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("implementation", ["triton", "native", "reference"])
+def test_a_batch_of_none_needs_no_seeds(implementation):
+    x, m, uncond, kept, _ = latents(0, 3, 8)
+    with forced(implementation):
+        made = scheduler_step(x, m, uncond, [kept], ROW, NoiseKey([], step=0))
+    assert [tensor.shape for tensor in made] == [x.shape] * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (NoiseKey([-1, 2], step=0), "seed=-1 is not an unsigned integer of 64 bits"),
+        (NoiseKey([2**64, 2], step=0), f"seed={2**64} is not"),
+        (NoiseKey([1, 2], step=2**32), f"step={2**32} is not an unsigned integer of 32 bits"),
+    ],
+)
+def test_keys_are_checked_as_arrays_keys_are(key, message):
+    x, m, uncond, kept, _ = latents(2, 3)
+    for arrays in ((x, m, uncond, kept), [t.numpy() for t in (x, m, uncond, kept)]):
+        with pytest.raises(ValueError, match=message):
+            scheduler_step(*arrays[:3], [arrays[3]], ROW, key)
+
+
 def test_arguments_are_checked_by_name():
     x, m, uncond, kept, _ = latents(2, 3)
+    with pytest.raises(ValueError, match=r"row.b is \(\), expected .* at least"):
+        scheduler_step(x, m, None, [], ROW._replace(b=(), s=0))
+    with pytest.raises(ValueError, match=r"x is torch.int32\[2, 3\].*expected a floating tensor"):
+        scheduler_step(x.int(), m.int(), None, [kept.int()], ROW._replace(s=0))
     with pytest.raises(ValueError, match=r"m is torch.float64\[2, 3\], expected torch.float32"):
         scheduler_step(x, m.double(), None, [kept], ROW._replace(s=0))
     with pytest.raises(ValueError, match="noise has 1 seeds, expected one for each of x's 2 rows"):

@@ -19,7 +19,7 @@ from tintype_kernels.ops.quantised_rows import (
     store_quantized,
 )
 from tintype_kernels.ops.row_parts import columns, inside, light_row_parts
-from tintype_kernels.torch_op import check, describe, public, unit_stride
+from tintype_kernels.torch_op import check, describe, is_floating, public, unit_stride
 from tintype_kernels.triton_support import arch_of, ceil_div, jit, tl, widen
 
 
@@ -91,7 +91,7 @@ def activate_quantized(
     With `before` [..., b] rows are [..., b + n]: its numbers as they are, then those. Activations: none, gelu,
     gelu_tanh, silu.
     """
-    if not x.dtype.is_floating_point or not x.ndim:
+    if not is_floating(x) or not x.ndim or not x.shape[-1]:
         raise ValueError(f"x is {describe(x)}, expected a floating tensor [..., n]")
     if before is not None:
         check("before", before, (*x.shape[:-1], before.shape[-1] if before.ndim else 0), x)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tintype_kernels.ops import linear_epilogue as epilogue
-from tintype_kernels.ops.quantise import Fp8Weight, dequantize, quantize_fp8
+from tintype_kernels.ops.quantise import Fp8Weight, check_weight, dequantize, quantize_fp8
 from tintype_kernels.ops.quantised_rows import (
     QuantizedRows,
     arch_obstacle,
@@ -70,6 +70,7 @@ def fp8_linear(
     x is rounded to e4m3 with a scale a token, unless it comes as `QuantizedRows` of e4m3; gradients pass the rounding
     by. Activations: none, gelu, gelu_tanh, silu.
     """
+    check_weight(qw, Fp8Weight)
     if isinstance(x, QuantizedRows):
         return linear_of_rows(x, qw, bias, activation, residual)
     epilogue.check_linear(x, qw.codes.shape, bias, residual, activation)

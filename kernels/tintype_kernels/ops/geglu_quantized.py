@@ -27,6 +27,11 @@ def reference(x: Tensor, scheme: str = "int8") -> QuantizedRows:
     return plain_rows(plain.reference(x), scheme)
 
 
+def baseline(x: Tensor, scheme: str = "int8") -> QuantizedRows:
+    """What a benchmark compares with."""
+    return plain_rows(plain.baseline(x), scheme)
+
+
 def _reference_forward(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     rows = reference(x, scheme)
     return as_bytes(rows.codes), rows.scales

@@ -37,6 +37,15 @@ def reference(
     return plain_pictures(normed.contiguous(memory_format=memory_format(x)), input_scale)
 
 
+def baseline(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, silu: bool = True,
+    residual: Tensor | None = None, input_scale: Tensor | None = None,
+) -> QuantizedPictures:  # fmt: skip
+    """What a benchmark compares with."""
+    normed = plain.baseline(x, weight, bias, groups, eps, silu, residual)
+    return plain_pictures(normed.contiguous(memory_format=memory_format(x)), input_scale)
+
+
 def _reference_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, residual: Tensor | None,
     input_scale: Tensor | None,

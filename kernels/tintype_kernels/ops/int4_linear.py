@@ -14,16 +14,20 @@ from tintype_kernels.dispatch import interpreting
 from tintype_kernels.ops import linear_epilogue as epilogue
 from tintype_kernels.ops import linear_vector
 from tintype_kernels.ops.linear_epilogue import store_finished, tile_of
-from tintype_kernels.ops.quantise import Int4Weight, dequantize, quantize_int4
-from tintype_kernels.torch_op import TorchOp, public, wide
+from tintype_kernels.ops.quantise import Int4Weight, check_int4_weight, dequantize, quantize_int4
+from tintype_kernels.torch_op import TorchOp, public
 from tintype_kernels.triton_support import ceil_div, jit, tl
 
 
 def reference(
     x: Tensor, qw: Int4Weight, bias: Tensor | None = None, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """The op in plain PyTorch: unpack, then multiply."""
-    z = wide(x) @ dequantize(qw, wide(x).dtype).t()
+    """The op in plain PyTorch: unpack, then multiply.
+
+    Sums are made in float64: in which order a library makes them depends on how many rows there are, and then rounding
+    once to x's type leaves nothing of it.
+    """
+    z = x.double() @ dequantize(qw, torch.float64).t()
     return epilogue.finish(z, bias, residual, activation).to(x.dtype)
 
 
@@ -194,8 +198,7 @@ def int4_linear(
 
     Activations: none, gelu, gelu_tanh, silu.
     """
-    outputs, columns = qw.packed.shape
-    epilogue.check_linear(x, (outputs, 2 * columns), bias, residual, activation)
+    epilogue.check_linear(x, check_int4_weight(qw), bias, residual, activation)
     out: Tensor = FORWARD(x, qw.packed, qw.scales, bias, residual, activation)
     return out
 

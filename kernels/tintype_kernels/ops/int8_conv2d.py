@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input
 
 from tintype_kernels.layout import memory_format
 from tintype_kernels.ops.linear_epilogue import straight_through, tile_of
-from tintype_kernels.ops.quantise import Int8Weight, dequantize, quantize_int8
+from tintype_kernels.ops.quantise import Int8Weight, check_weight, dequantize, quantize_int8
 from tintype_kernels.ops.quantised_pictures import (
     MOST,
     QuantizedPictures,
@@ -39,7 +39,7 @@ def reference(
     if isinstance(x, QuantizedPictures):
         numbers = x.numbers()
     else:
-        numbers = straight_through(x, plain_pictures(x.detach(), input_scale).numbers())
+        numbers = straight_through(x, plain_pictures(x, input_scale).numbers())
     bias = None if bias is None else bias.double()
     z = F.conv2d(numbers, dequantize(qw, torch.float64), bias, stride, padding)
     return (z if residual is None else z + residual).to(x.dtype)
@@ -257,7 +257,7 @@ def _call(
         _check(x, qw, bias, residual, stride, padding, like=x.scales.new_empty(0, dtype=x.dtype))
         geometry = [stride, padding]
         return PICTURES_FORWARD, (*x[:2], *qw, bias, residual, geometry, *x[2:])
-    check_floating("x", x, 4)
+    check_floating("x", x, 4, channels=1)
     _check(x, qw, bias, residual, stride, padding, like=x)
     if input_scale is not None:
         check("input_scale", input_scale, (), qw.scales)
@@ -279,8 +279,9 @@ def _check(
     stride: int, padding: int, *, like: Tensor,
 ) -> None:  # fmt: skip
     """Refuse what does not fit pictures of x's shape that have the type and the device of `like`."""
+    check_weight(qw, Int8Weight, ndim=4)
     codes = qw.codes
-    if codes.dtype != torch.int8 or codes.ndim != 4 or codes.shape[1] != x.shape[1]:
+    if codes.shape[1] != x.shape[1]:
         raise ValueError(
             f"qw has codes {describe(codes)}, expected torch.int8[out, {x.shape[1]}, kh, kw]"
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tintype_kernels.ops import linear_epilogue as epilogue
-from tintype_kernels.ops.quantise import Int8Weight, dequantize, quantize_int8
+from tintype_kernels.ops.quantise import Int8Weight, check_weight, dequantize, quantize_int8
 from tintype_kernels.ops.quantised_rows import QuantizedRows, plain_rows
 from tintype_kernels.ops.scaled_matmul import (
     linear_of_rows,
@@ -55,6 +55,7 @@ def int8_linear(
     x is rounded to 127 steps either way, a scale a token, unless it comes as `QuantizedRows` of int8; gradients pass
     the rounding by. Activations: none, gelu, gelu_tanh, silu.
     """
+    check_weight(qw, Int8Weight)
     if isinstance(x, QuantizedRows):
         return linear_of_rows(x, qw, bias, activation, residual)
     epilogue.check_linear(x, qw.codes.shape, bias, residual, activation)

@@ -32,6 +32,13 @@ def reference(
     return plain_rows(plain.reference(x, shift, scale, eps, unit), scheme)
 
 
+def baseline(
+    x: Tensor, shift: Tensor, scale: Tensor, scheme: str = "int8", eps: float = 1e-6, unit: float = 1.0
+) -> QuantizedRows:  # fmt: skip
+    """What a benchmark compares with."""
+    return plain_rows(plain.baseline(x, shift, scale, eps, unit), scheme)
+
+
 def _reference_forward(
     x: Tensor, scheme: str, shift: Tensor, scale: Tensor, eps: float, unit: float
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tintype_kernels.ops.quantise import dequantize
 from tintype_kernels.ops.quantised_rows import QuantizedRows
-from tintype_kernels.torch_op import check, describe
+from tintype_kernels.torch_op import check, describe, is_floating
 from tintype_kernels.triton_support import jit, normal_below, sigmoid, tl, widen
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,7 +85,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Of x, bias and residual; z is what went into the activation, and rounding to codes counts as the identity."""
     dz = grad if z is None else _through_activation(grad, z, activation)
-    dbias = None if bias is None else dz.flatten(0, -2).sum(0)
+    dbias = None if bias is None else dz.reshape(-1, dz.shape[-1]).sum(0)
     return dz @ weight, dbias, None if residual is None else grad
 
 
@@ -127,7 +127,7 @@ def check_linear(
 ) -> None:
     """Refuse what does not fit weights [out, in]."""
     outputs, columns = weight
-    if not x.dtype.is_floating_point or x.ndim < 1 or x.shape[-1] != columns:
+    if not is_floating(x) or x.ndim < 1 or x.shape[-1] != columns:
         raise ValueError(f"x is {describe(x)}, expected a floating tensor [..., {columns}]")
     check_epilogue(x, (*x.shape[:-1], outputs), bias, residual, activation)
 

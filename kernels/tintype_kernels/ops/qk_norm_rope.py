@@ -17,6 +17,7 @@ from tintype_kernels.torch_op import (
     TorchOp,
     check,
     check_floating,
+    empty,
     public,
     unit_stride,
     wide,
@@ -43,7 +44,7 @@ def _plain(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
 
 
 def _rms_normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    h = wide(x)
+    h = unit_stride(wide(x))  # sums have other bits where elements lie apart
     normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return normed if weight is None else normed * wide(weight)
 
@@ -57,7 +58,7 @@ def _reference_forward(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
 ) -> Pair:  # fmt: skip
     q_out, k_out = _plain(q, q_weight, cos, sin, eps), _plain(k, k_weight, cos, sin, eps)
-    return torch.empty_like(q).copy_(q_out), torch.empty_like(k).copy_(k_out)
+    return _empty(q).copy_(q_out), _empty(k).copy_(k_out)
 
 
 def _reference_backward(
@@ -81,7 +82,7 @@ def _plain_backward(
     dweight = _weight_like(x, weight).copy_(
         (dy * normed).sum((0, 1, 2))[: 0 if weight is None else None]
     )
-    return torch.empty_like(x).copy_(dx), dweight
+    return _empty(x).copy_(dx), dweight
 
 
 @jit
@@ -245,6 +246,12 @@ def _triton_backward(
     return gradients
 
 
+def _empty(x: Tensor) -> Tensor:
+    """Like x, tokens outside heads where they are that in x; the elements of a head always lie side by side."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else empty(x)
+
+
 def _contiguous(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
@@ -255,14 +262,14 @@ def _weight_like(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _fake_forward(q: Tensor, k: Tensor, *_: Any) -> Pair:
-    return torch.empty_like(q), torch.empty_like(k)
+    return _empty(q), _empty(k)
 
 
 def _fake_backward(
     _: Tensor, __: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *___: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     weights = _weight_like(q, q_weight), _weight_like(k, k_weight)
-    return torch.empty_like(q), torch.empty_like(k), *weights
+    return _empty(q), _empty(k), *weights
 
 
 FORWARD = TorchOp(

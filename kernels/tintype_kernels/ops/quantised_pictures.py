@@ -50,11 +50,13 @@ class QuantizedPictures(NamedTuple):
 
 def plain_pictures(values: Tensor, input_scale: Tensor | None = None) -> QuantizedPictures:
     """Values [n, c, h, w] rounded to codes in plain PyTorch, on one scale for all where it is given."""
-    wide = values.float()
+    wide = values.detach().float()
     scales = wide.abs().amax((1, 2, 3)) / MOST
     if input_scale is not None:
         scales = torch.where(scales.isnan(), scales, input_scale)
-    steps = wide / torch.where(scales == 0, 1.0, scales)[:, None, None, None]
+    # What is so small that the inverse of its scale is infinite becomes zeros.
+    divisors = torch.where(scales < torch.finfo(scales.dtype).tiny, 1.0, scales)
+    steps = wide / divisors[:, None, None, None]
     codes = steps.clamp(LEAST, MOST).round().to(torch.int8).permute(0, 2, 3, 1).contiguous()
     return QuantizedPictures(codes, scales, values.dtype, lies_channels_last(values))
 

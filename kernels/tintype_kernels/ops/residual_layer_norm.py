@@ -34,6 +34,14 @@ def reference(
     return stream, norm.reference(stream, shift, scale, eps, unit)
 
 
+def baseline(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-6, unit: float = 1.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a benchmark compares with."""
+    stream = x + y if gate is None else gating.baseline(x, y, gate)
+    return stream, norm.baseline(stream, shift, scale, eps, unit)
+
+
 def _reference_forward(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, unit: float
 ) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,15 @@ def reference(
     return stream, plain_rows(normed, scheme)
 
 
+def baseline(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, scheme: str = "int8",
+    eps: float = 1e-6, unit: float = 1.0,
+) -> tuple[Tensor, QuantizedRows]:  # fmt: skip
+    """What a benchmark compares with."""
+    stream, normed = plain.baseline(x, y, gate, shift, scale, eps, unit)
+    return stream, plain_rows(normed, scheme)
+
+
 def _reference_forward(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, scheme: str, eps: float, unit: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

@@ -23,7 +23,7 @@ from tintype_kernels.ops.quantised_rows import (
     as_bytes,
     from_bytes,
 )
-from tintype_kernels.torch_op import TorchOp, describe
+from tintype_kernels.torch_op import TorchOp, check, describe
 from tintype_kernels.triton_support import ceil_div, jit, tl, too_wide
 
 
@@ -110,7 +110,7 @@ def _tokens(x: Tensor | QuantizedRows, kind: torch.dtype) -> Tensor:
     """The numbers that x's codes stand for."""
     if isinstance(x, QuantizedRows):
         return x.numbers()
-    return straight_through(x, QuantizedRows(*quantize_rows(x.detach(), kind), x.dtype).numbers())
+    return straight_through(x, QuantizedRows(*quantize_rows(x, kind), x.dtype).numbers())
 
 
 def _rows_reference(
@@ -185,6 +185,7 @@ def linear_of_rows(
         raise ValueError(
             f"x has codes {describe(x.codes)}, expected {qw.codes.dtype}[..., {columns}]"
         )
+    check("x's scales", x.scales, x.shape[:-1], x.scales.float())
     like = x.scales.new_empty(0, dtype=x.dtype)
     check_epilogue(like, (*x.shape[:-1], outputs), bias, residual, activation)
     out: Tensor = ROWS_FORWARD(

@@ -12,7 +12,15 @@ from tintype_kernels import native as extension
 from tintype_kernels.dispatch import select
 from tintype_kernels.philox import philox_normals
 from tintype_kernels.scheduler_step import NoiseKey, Row, by_age, check_like, reference
-from tintype_kernels.torch_op import TorchOp, describe, empty, public, wide, wide_type
+from tintype_kernels.torch_op import (
+    TorchOp,
+    describe,
+    empty,
+    is_floating,
+    public,
+    wide,
+    wide_type,
+)
 from tintype_kernels.triton_support import ceil_div, jit, tl, widen
 
 SCALARS = 7  # coefficients before those of b
@@ -23,9 +31,17 @@ def _reference_forward(
     x: Tensor, m: Tensor, m_uncond: Tensor | None, history: list[Tensor], coefficients: Tensor,
     noise: Tensor | None, keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    noise = noise if keys is None else _normals_of(keys, x)
     guidance, u_x, u_m, clip, a, c, s, *b = _columns(coefficients, x)
     row: Any = Row(u_x, u_m, a, c, tuple(b), s, clip, guidance)  # type: ignore[arg-type]
+    return _plain_step(x, m, m_uncond, history, row, noise, keys)
+
+
+def _plain_step(
+    x: Tensor, m: Tensor, m_uncond: Tensor | None, history: Sequence[Tensor], row: Row,
+    noise: Tensor | None, keys: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reference in the type that sums are made in, rounded once."""
+    noise = noise if keys is None else _normals_of(keys, x)
     plain, noise = (None if t is None else wide(t) for t in (m_uncond, noise))
     new, h = reference(wide(x), wide(m), plain, [wide(kept) for kept in history], row, noise)
     return empty(x).copy_(new), empty(x).copy_(h)
@@ -39,12 +55,11 @@ def _columns(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
 def _normals_of(keys: Tensor, x: Tensor) -> Tensor:
     """The host's own normals for keys [n, (seed, step, stream)]."""
-    count = x[0].numel()
-    rows = [
-        philox_normals(seed % 2**64, count, step=step, stream=stream)
-        for seed, step, stream in keys.tolist()
-    ]
-    return torch.stack([torch.from_numpy(row) for row in rows]).to(x).view(x.shape)
+    count = x.shape[1:].numel()
+    normals = x.new_empty(len(x), count)
+    for row, (seed, step, stream) in zip(normals, keys.tolist(), strict=True):
+        row.copy_(torch.from_numpy(philox_normals(seed % 2**64, count, step=step, stream=stream)))
+    return normals.view(x.shape)
 
 
 @jit
@@ -132,7 +147,7 @@ def _triton_forward(
     orders = coefficients.shape[-1] - SCALARS
     apart = coefficients.shape[-1] if coefficients.ndim == 2 else 0
     kept = tuple(tensor.contiguous() for tensor in history[: orders - 1])
-    count = x[0].numel()
+    count = x.shape[1:].numel()
     _kernel[ceil_div(count, BLOCK), len(x)](
         *latents, kept, coefficients, noise, keys, out, h, count, apart, ORDERS=orders, BLOCK=BLOCK
     )
@@ -205,18 +220,19 @@ def scheduler_step(
     noise: Tensor | NoiseKey | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`scheduler_step` on torch tensors; see `tintype_kernels.scheduler_step`."""
+    if not is_floating(x):
+        raise ValueError(f"x is {describe(x)}, expected a floating tensor")
     keys = _keys(noise, x)
-    noise = None if keys is not None else noise
-    check_like(x, m=m, m_uncond=m_uncond, noise=noise, **by_age(history))
+    drawn: Any = None if keys is not None else noise
+    check_like(x, m=m, m_uncond=m_uncond, noise=drawn, **by_age(history))
     if isinstance(row, Row) and row.threshold is not None:
         obstacle = "row.threshold sorts, which only the reference does"
         select(triton=obstacle, native=obstacle)
-        noise = noise if keys is None else _normals_of(keys, x)
-        return reference(x, m, m_uncond, history, row, noise)
+        return _plain_step(x, m, m_uncond, history, row, drawn, keys)
     if isinstance(row, Row):
         row = torch.tensor(row.coefficients(), dtype=wide_type(x)).to(x.device)
     _check_coefficients(row, history, x)
-    new, h = FORWARD(x, m, m_uncond, list(history), row, noise, keys)
+    new, h = FORWARD(x, m, m_uncond, list(history), row, drawn, keys)
     return new, h
 
 
@@ -225,7 +241,7 @@ def _keys(noise: Tensor | NoiseKey | None, x: Tensor) -> Tensor | None:
     if isinstance(noise, NoiseKey):
         # int64 holds a seed of 64 bits as its two's complement
         rows = [[(s + 2**63) % 2**64 - 2**63, noise.step, noise.stream] for s in noise.seeds]
-        return torch.tensor(rows, dtype=torch.int64).to(x.device)
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), 3).to(x.device)
     if noise is None or noise.dtype.is_floating_point:
         return None
     if noise.dtype != torch.int64 or tuple(noise.shape) != (x.shape[0], 3):
