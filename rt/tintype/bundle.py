@@ -133,7 +133,7 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(manifest.get(name, kind()), kind):
             yield name
             return
-    if "decode" not in manifest["stages"] or not _are_stages(manifest["stages"]):
+    if not _are_stages(manifest["stages"]):
         yield "stages"
     for gpu, entry in manifest.get("engines", {}).items():
         if not isinstance(entry, dict) or not _are_stages(entry.get("stages")):
@@ -146,9 +146,6 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "tokenizers"
     if manifest["family"] not in FAMILIES:
         yield f"family {manifest['family']!r}"
-    yield from (
-        f"defaults without {name}" for name in _SETTINGS if name not in manifest["defaults"]
-    )
 
 
 def _are_stages(found: Any) -> bool:
@@ -204,20 +201,28 @@ def _check_sizes(bundle: Bundle) -> None:
 
 
 def _check_tokenizers(bundle: Bundle) -> None:
-    """One for each text encoder, of listed files alone."""
-    encoders = [
-        stage for stage in bundle.stages if stage.startswith("encode") and stage != "encode_image"
-    ]
-    if len(encoders) != len(bundle.tokenizers):
-        raise BundleError(
-            f"{bundle.folder}: {MANIFEST} names {len(bundle.tokenizers)} tokenizers for {len(encoders)} text encoders"
-        )
+    """Readers of tokenizers look for several files, so that one that lies there unlisted would be read."""
     for name in bundle.tokenizers:
         for path in sorted(bundle.path(name).glob("*")):
             if f"{name}/{path.name}" not in bundle.files:
                 raise BundleError(
                     f"{bundle.folder}: {name}/{path.name} is not among the listed files; take it away"
                 )
+
+
+def require_whole(bundle: Bundle) -> None:
+    """Refuse a bundle of parts that make no picture, such as single stages."""
+    stages = [stage for stage in bundle.stages if stage.startswith("encode")]
+    encoders = [stage for stage in stages if stage != "encode_image"]
+    if len(encoders) != len(bundle.tokenizers):
+        raise BundleError(
+            f"{bundle.folder}: {MANIFEST} names {len(bundle.tokenizers)} tokenizers for {len(encoders)} text encoders"
+        )
+    lacking = [name for name in _SETTINGS if name not in bundle.defaults]
+    if "decode" not in bundle.stages or lacking:
+        raise BundleError(
+            f"{bundle.folder}: {MANIFEST} has no {', '.join(lacking) or 'stage decode'}, which a picture takes"
+        )
 
 
 def _check_hashes(bundle: Bundle, remember: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tintype.backends import Backend, choose
-from tintype.bundle import MANIFEST, Bundle, is_bundle, open_bundle
+from tintype.bundle import MANIFEST, Bundle, is_bundle, open_bundle, require_whole
 from tintype.errors import CheckpointError, RequestError
 from tintype.families.conditioning import STAGES, TextTokenizer
 from tintype.families.latent_diffusion import LatentDiffusion
@@ -162,6 +162,7 @@ def bundle_pipeline(
         raise RequestError(
             f"execution={execution!r} is for checkpoints on torch, 'graph' for tensorrt-rtx's engines too; leave it out"
         )
+    require_whole(bundle)
     kind = _bundle_backend(name)
     fewer = _fewer_codes(kind, bundle, **options)
     if (loras := _loras(lora)) or fewer:

@@ -98,8 +98,6 @@ def test_manifest_that_is_none(tiny_copy, text):
         ({"format": 0}, "no format"),
         ({"format": True}, "no format"),
         ({"stages": []}, "stages"),
-        ({"stages": {}}, "stages"),
-        ({"stages": {"encode": {"b1": "encode/b1.onnx"}}}, "stages"),
         ({"stages": {"encode": "b1"}}, "stages"),
         ({"stages": {"encode": {"b1": 5}}}, "stages"),
         ({"files": "x"}, "files"),
@@ -107,8 +105,6 @@ def test_manifest_that_is_none(tiny_copy, text):
         ({"files": {"a": {"size": 1}}}, "file 'a'"),
         ({"scheduler": []}, "scheduler"),
         ({"tokenizers": [5]}, "tokenizers"),
-        ({"tokenizers": []}, "0 tokenizers for 1 text encoders"),
-        ({"defaults": {}}, "defaults without width"),
         ({"engines": {"sm_89": {}}}, "engines of sm_89"),
         ({"family": "warp"}, "family 'warp'"),
         ({"precision": 8}, "precision"),
@@ -120,6 +116,22 @@ def test_a_manifest_of_other_kinds_is_named_in_one_line(tiny_copy, fields, named
     with pytest.raises(BundleError, match=named) as raised:
         open_bundle(tiny_copy)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"stages": {}}, "1 tokenizers for 0 text encoders"),
+        ({"stages": {"encode": {"b1": "encode/b1.onnx"}}}, "no stage decode"),
+        ({"tokenizers": []}, "0 tokenizers for 1 text encoders"),
+        ({"defaults": {}}, "no width, height, guidance_scale"),
+    ],
+    ids=str,
+)
+def test_a_bundle_of_parts_makes_no_picture(tiny_copy, fields, named):
+    edit(tiny_copy, **fields)
+    with pytest.raises(BundleError, match=named):
+        tintype.load(tiny_copy)
 
 
 def test_a_manifest_that_is_too_deep_is_no_json(tiny_copy):
