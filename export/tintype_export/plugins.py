@@ -21,18 +21,9 @@ from torch import Tensor
 from tintype.errors import BackendUnavailable, RequestError
 from tintype.models.fused import kept_whole
 from tintype_kernels import triton_support
-from tintype_kernels.launches import Kernel, launched
+from tintype_kernels.launches import OPS, Kernel, launched
 from tintype_kernels.torch_op import TorchOp
 
-# Whose kernels take whole tensors and need no memory between two launches that they do not name.
-OPS = (
-    "group_norm_silu",
-    "layer_norm_modulate",
-    "residual_layer_norm",
-    "gate_residual",
-    "qk_norm_rope",
-    "geglu",
-)
 _PACKAGE = "tensorrt"
 _NAMESPACE = "tintype"
 _ATTRIBUTES = {"plugin_namespace": _NAMESPACE, "plugin_version": "1"}  # as the parser finds plugins
@@ -85,8 +76,11 @@ def kept_in_graphs(ops: Sequence[str], gpu: str) -> Iterator[Plugins]:
         outputs = [tensors[number] for number in made.outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    kept = kept_whole(ops), mock.patch.object(TorchOp, "__call__", call)
-    with kept[0], kept[1], ThreadPoolExecutor(1) as aside:
+    with (
+        kept_whole(ops),
+        mock.patch.object(TorchOp, "__call__", call),
+        ThreadPoolExecutor(1) as aside,
+    ):
         yield found
 
 

@@ -20,6 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 from tintype_kernels.torch_op import TorchOp
 
+# Whose Triton forms launch kernels on whole tensors, and do no more.
+OPS = (
+    "group_norm_silu",
+    "layer_norm_modulate",
+    "residual_layer_norm",
+    "gate_residual",
+    "qk_norm_rope",
+    "geglu",
+)
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _ALIGNMENT = 16  # bytes, of what a runtime allocates at least
 _PTX = 87  # the oldest version that has every architecture here; drivers load what is not newer than they are

@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave.code if isinstance(leave.code, int) else FAILED
     except KeyboardInterrupt:
         print("tintype: interrupted", file=sys.stderr, flush=True)
-        if (
-            argv is None
-        ):  # a thread that makes an engine's session would not survive the interpreter's end
+        if argv is None:
+            # A thread that makes an engine's session would not survive the interpreter's end.
             os._exit(FAILED)
         return FAILED
     except (TintypeError, KernelUnavailable, OSError) as error:

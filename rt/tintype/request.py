@@ -115,7 +115,7 @@ def real_array(name: str, value: Any) -> Floats:
     """Numbers as a contiguous float32 array, or a RequestError that names the argument."""
     try:
         array = np.asarray(value)
-    except ValueError:  # rows of several lengths
+    except (TypeError, ValueError):  # a tensor elsewhere, rows of several lengths
         array = np.empty(0, object)
     if array.dtype.kind not in "biuf":
         raise RequestError(f"{name} is a {type(value).__name__} that holds more than real numbers")

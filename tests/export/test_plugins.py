@@ -21,9 +21,9 @@ from tintype.models.stages import build_stage
 from tintype_export import plugins
 from tintype_export.bundle import ExportConfig, export_bundle
 from tintype_export.graphs import trace
-from tintype_export.plugins import OPS, Plugin, check_kernels, kept_in_graphs, register
+from tintype_export.plugins import Plugin, check_kernels, kept_in_graphs, register
 from tintype_export.profiles import example_inputs
-from tintype_kernels.launches import Kernel, Launched
+from tintype_kernels.launches import OPS, Kernel, Launched
 from tolerances import STAGE_FP32
 
 SIZES = ((16, 16),)

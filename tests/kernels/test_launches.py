@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tintype_kernels.launches import launched, with_parameters
+from tintype_kernels.launches import OPS, launched, with_parameters
 
 LAUNCHES = """
 import importlib, json, subprocess, sys, tempfile
@@ -60,14 +60,6 @@ def launches(name, arch):
 
 print(json.dumps([launches(name, int(arch)) for name in sys.argv[2:] for arch in sys.argv[1].split(",")]))
 """
-OPS = [
-    "group_norm_silu",
-    "layer_norm_modulate",
-    "residual_layer_norm",
-    "gate_residual",
-    "qk_norm_rope",
-    "geglu",
-]
 PTX = """.version 8.7
 .target sm_90a
 .visible .entry add(

@@ -8,7 +8,6 @@ time_ids, guidance) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -245,7 +244,9 @@ class LatentDiffusion:
         """How many of the first steps are left out: a step that the strength cuts in two is run by flow pipelines
         alone, as they were published."""
         kept = request.steps * request.strength
-        return request.steps - (int(kept) if self.kind == "latent_unet" else math.ceil(kept))
+        return (
+            request.steps - int(kept) if self.kind == "latent_unet" else int(request.steps - kept)
+        )
 
     def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
         begin = self._start(request) / request.steps
