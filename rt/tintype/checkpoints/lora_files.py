@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 from tintype.checkpoints.files import Target, Translate, check_pickle, safetensors_shapes
 from tintype.checkpoints.original_flow_keys import flux_key, sd3_key
 from tintype.checkpoints.original_keys import unet_key
-from tintype.errors import CheckpointError
+from tintype.errors import CheckpointError, RequestError
 
 _KOHYA = re.compile(
     r"lora_(unet|transformer|te1|te2|te)_(.+?)\.(lora_down\.weight|lora_up\.weight|alpha)"
@@ -53,12 +53,17 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """FILE or FILE:SCALE, as on the command line."""
+        """FILE or FILE:SCALE, as on the command line; RequestError for a scale that is no finite number."""
         name, colon, number = text.rpartition(":")
         try:
-            return cls(Path(name), float(number)) if colon else cls(Path(text))
+            lora = cls(Path(name), float(number)) if colon else cls(Path(text))
         except ValueError:  # a colon of the path's own
             return cls(Path(text))
+        if not isfinite(lora.scale):
+            raise RequestError(
+                f"lora={text!r} has a scale of {lora.scale}, expected a finite number"
+            )
+        return lora
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from original_flow_layout import Flow
 from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.lora_files import Lora, dotted
 from tintype.checkpoints.original_keys import unet_key
-from tintype.errors import CheckpointError
+from tintype.errors import CheckpointError, RequestError
 from tolerances import MODULE_FP32, relative_error
 
 RANK, ALPHA, SCALE = 3, 2.0, 0.7
@@ -261,3 +261,9 @@ def test_a_malformed_part_of_an_update_is_named(saved, tmp_path, part, tensor, m
 )
 def test_a_file_and_its_scale_are_told_apart(text, expected):
     assert Lora.parse(text) == expected
+
+
+def test_a_scale_that_is_no_finite_number_is_refused():
+    for number in ("nan", "inf", "1e400"):
+        with pytest.raises(RequestError, match="expected a finite number"):
+            Lora.parse(f"a.safetensors:{number}")
