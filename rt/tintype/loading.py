@@ -75,9 +75,9 @@ def load(  # noqa: PLR0913 - they are what users type
             raise RequestError(
                 f"{asked} is for checkpoints; a bundle runs what it was exported with"
             )
-        return bundle_pipeline(
-            open_bundle(path), backend, lora=lora, execution=execution, **options
-        )
+        bundle = open_bundle(path)
+        require_whole(bundle)
+        return bundle_pipeline(bundle, backend, lora=lora, execution=execution, **options)
     choose(backend, "checkpoint")  # opening one imports what an absent backend lacks
     if is_bundle(path):
         open_bundle(path)  # whose files are the checkpoint's, and are checked as such
@@ -162,7 +162,6 @@ def bundle_pipeline(
         raise RequestError(
             f"execution={execution!r} is for checkpoints on torch, 'graph' for tensorrt-rtx's engines too; leave it out"
         )
-    require_whole(bundle)
     kind = _bundle_backend(name)
     fewer = _fewer_codes(kind, bundle, **options)
     if (loras := _loras(lora)) or fewer:
