@@ -85,9 +85,16 @@ def launched(op: TorchOp, arguments: Sequence[Any], arch: int) -> Launched:
     """
     given = [_hollow(each) if isinstance(each, Tensor) else each for each in arguments]
     made, launches = _recorded(op.implementations["triton"], given)
-    numbers = _Numbers(each for each in given if isinstance(each, Tensor))
+    numbers = _Numbers()
+    for tensor in given:
+        if isinstance(tensor, Tensor):
+            numbers.of(tensor)
     kernels = tuple(_compiled(op.name, launch, numbers, arch) for launch in launches)
-    return Launched(kernels, tuple(numbers.tensors), tuple(map(numbers.of, tree_leaves(made))))
+    tensors = tuple(numbers.tensors)
+    outputs = tuple(map(numbers.of, tree_leaves(made)))
+    if max(outputs) >= len(tensors):
+        raise ValueError(f"{op.name} gives what no kernel of it writes")
+    return Launched(kernels, tensors, outputs)
 
 
 def _hollow(tensor: Tensor) -> Tensor:
@@ -112,29 +119,20 @@ def _recorded(form: Callable[..., Any], arguments: list[Any]) -> tuple[Any, list
 class _Numbers:
     """Tensors by where they lie, in the order in which they are met."""
 
-    def __init__(self, tensors: Any) -> None:
+    def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._of: dict[int, int] = {}
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor: Tensor) -> int:
-        if not tensor.is_contiguous() or tensor.storage_offset():
-            raise ValueError(f"a kernel is given a part of a tensor, {list(tensor.shape)}")
-        self._of[_place(tensor)] = len(self.tensors)
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    def knows(self, tensor: Tensor) -> bool:
-        return _place(tensor) in self._of
 
     def of(self, tensor: Tensor) -> int:
-        return self._of[_place(tensor)]
-
-
-def _place(tensor: Tensor) -> int:
-    place: int = tensor.untyped_storage()._cdata
-    return place
+        """The number of what lies there, the next one where nothing did. Pointers are to beginnings."""
+        place: int = tensor.untyped_storage()._cdata
+        new = place not in self._of
+        if tensor.storage_offset() or (new and not tensor.is_contiguous()):
+            raise ValueError(f"a kernel is given a part of a tensor, {list(tensor.shape)}")
+        if new:
+            self._of[place] = len(self.tensors)
+            self.tensors.append(tensor)
+        return self._of[place]
 
 
 def _compiled(op: str, launch: _Launch, numbers: _Numbers, arch: int) -> Kernel:
@@ -154,13 +152,10 @@ def _compiled(op: str, launch: _Launch, numbers: _Numbers, arch: int) -> Kernel:
     with knobs.scope():
         knobs.disable_line_info = True  # which names this machine's folders
         binary = compiler.compile(source, target=target, options=options)
-    new = {name for name in pointers if not numbers.knows(pointers[name])}
-    places = [
-        numbers.add(each) if name in new else numbers.of(each) for name, each in pointers.items()
-    ]
-    written = {place for name, place in zip(pointers, places, strict=True) if name in new}
-    reads = tuple(dict.fromkeys(place for place in places if place not in written))
-    writes = tuple(dict.fromkeys(place for place in places if place in written))
+    met = len(numbers.tensors)
+    places = [numbers.of(each) for each in pointers.values()]
+    reads = tuple(dict.fromkeys(place for place in places if place < met))
+    writes = tuple(dict.fromkeys(place for place in places if place >= met))
     entry = binary.metadata.name
     x, y, z, *_ = (*launch.grid, 1, 1)
     return Kernel(

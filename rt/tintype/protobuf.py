@@ -34,16 +34,10 @@ def fields(message: memoryview) -> Iterator[Field]:
     position, length = 0, len(message)
     while position < length:
         begin = position
-        tag = message[position]
-        position += 1
-        if tag >= 0x80:  # calling is what takes the time, and nearly all are of one byte
-            tag, position = varint(message, begin)
+        tag, position = varint(message, position)
         kind, payload = tag & 7, None
         if kind == SIZED:
-            size = message[position]
-            position += 1
-            if size >= 0x80:
-                size, position = varint(message, position - 1)
+            size, position = varint(message, position)
             payload = message[position : position + size]
             position += size
         elif kind == _VARINT:

@@ -101,7 +101,7 @@ def share(name: str, value: Any, *, least: float) -> float:
 
 def starts(latents: NDArray[Any], count: int) -> list[Floats]:
     """The initial noise of each image [1, c, h/f, w/f]."""
-    given = real_array("latents", latents)
+    given = _real_array("latents", latents)
     if given.ndim != 4 or len(given) != count:
         raise RequestError(
             f"latents has shape {list(given.shape)}, expected [{count}, c, h/f, w/f]"
@@ -111,7 +111,7 @@ def starts(latents: NDArray[Any], count: int) -> list[Floats]:
     return [given[image : image + 1] for image in range(count)]
 
 
-def real_array(name: str, value: Any) -> Floats:
+def _real_array(name: str, value: Any) -> Floats:
     """Numbers as a contiguous float32 array, or a RequestError that names the argument."""
     try:
         array = np.asarray(value)
@@ -123,12 +123,7 @@ def real_array(name: str, value: Any) -> Floats:
 
 
 def _prompts(prompt: str | Sequence[str]) -> list[str]:
-    if not isinstance(prompt, Sequence):
-        raise RequestError(f"prompt={prompt!r} is neither a string nor a list of strings")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    for text in prompts:
-        if not isinstance(text, str):
-            raise RequestError(f"prompt holds {text!r}, which is not a string")
+    prompts = [prompt] if isinstance(prompt, str) else _texts("prompt", prompt, str)
     if not prompts:
         raise RequestError("prompt is an empty list")
     return prompts
@@ -137,16 +132,20 @@ def _prompts(prompt: str | Sequence[str]) -> list[str]:
 def _negatives(negative: str | Sequence[str] | None, count: int) -> list[str | None]:
     if negative is None or isinstance(negative, str):
         return [negative] * count
-    if not isinstance(negative, Sequence):
-        raise RequestError(
-            f"negative_prompt={negative!r} is neither a string nor a list of strings"
-        )
-    if len(negative) != count:
-        raise RequestError(f"negative_prompt has {len(negative)} entries for {count} prompts")
-    for text in negative:
-        if not isinstance(text, str | None):
-            raise RequestError(f"negative_prompt holds {text!r}, which is not a string")
-    return list(negative)
+    negatives = _texts("negative_prompt", negative, (str, type(None)))
+    if len(negatives) != count:
+        raise RequestError(f"negative_prompt has {len(negatives)} entries for {count} prompts")
+    return negatives
+
+
+def _texts(name: str, given: Any, kinds: type | tuple[type, ...]) -> list[Any]:
+    """A list of what is of these kinds, or a RequestError that names the argument."""
+    if not isinstance(given, Sequence):
+        raise RequestError(f"{name}={given!r} is neither a string nor a list of strings")
+    for text in given:
+        if not isinstance(text, kinds):
+            raise RequestError(f"{name} holds {text!r}, which is not a string")
+    return list(given)
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tintype_kernels.launches import OPS, launched, with_parameters
+from tintype_kernels.launches import OPS, _Numbers, launched, with_parameters
 
 LAUNCHES = """
 import importlib, json, subprocess, sys, tempfile
@@ -143,6 +143,19 @@ def test_a_tensor_that_is_given_twice_is_passed_once():
 def test_memory_that_another_runtime_would_not_give_is_refused():
     with pytest.raises(ValueError, match="memory that only Triton's runtime gives"):
         with_parameters(PTX, places=[5, 7], order=[5, 7])
+
+
+def test_a_pointer_into_a_tensor_is_refused():
+    numbers, whole = _Numbers(), torch.zeros(4, 6)
+    assert numbers.of(whole) == numbers.of(whole.t()) == 0  # strides are constants of the code
+    with pytest.raises(ValueError, match=r"a part of a tensor, \[2, 6\]"):
+        numbers.of(whole[2:])
+
+
+def test_an_output_that_no_kernel_writes_is_refused():
+    op = SimpleNamespace(name="idle", implementations={"triton": torch.empty_like})
+    with pytest.raises(ValueError, match="idle gives what no kernel of it writes"):
+        launched(op, [torch.zeros(2, 3)], 90)
 
 
 @pytest.mark.parametrize("form", [torch.neg, lambda x: x.t().contiguous()])
