@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import small_checkpoints
+import small_flow_checkpoints
 
 torch.set_num_threads(
     1
@@ -24,6 +25,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(kind: str) -> Path:
         path = root / kind
-        return path if path.exists() else small_checkpoints.save(kind, path)
+        flows = kind in small_flow_checkpoints.PIPELINES
+        small = small_flow_checkpoints if flows else small_checkpoints
+        return path if path.exists() else small.save(kind, path)
 
     return folder

@@ -69,6 +69,28 @@ def test_guidance_in_an_interval_takes_both_stages(pipes):
     assert steps == ["step"] * 2 + ["guided_step"] * 3 + ["step"]
 
 
+@pytest.mark.parametrize("scheduler", ["euler", "heun", "unipc", "lcm"])
+def test_every_step_stands_at_one_of_the_times_that_were_foretold(pipes, scheduler):
+    (pipe, backend), _ = pipes
+    stood = []
+
+    def foretold(told, times):
+        return {**told, "times": times}
+
+    def run_placed(stage, profile, inputs):
+        inputs = dict(inputs)
+        times = inputs.pop("times")
+        assert times.dtype == np.float32
+        stood.append((inputs["row"][:, 0].numpy(), times))
+        return backend.inner.run_placed(stage, profile, inputs)
+
+    backend.foretold, backend.run_placed = foretold, run_placed
+    pipe("a", scheduler=scheduler, num_images_per_prompt=2, **REQUEST)
+    assert len(stood) >= REQUEST["num_inference_steps"]
+    for step, (found, times) in enumerate(stood):
+        assert (found == times[step]).all()
+
+
 def test_latents_are_fetched_once_unless_a_callback_looks(pipes):
     (pipe, backend), _ = pipes
     pipe("a", **REQUEST)

@@ -42,6 +42,10 @@ class Backend(Protocol):
     def place(self, array: NDArray[Any]) -> Any:
         """An array where the backend computes."""
 
+    def foretold(self, told: Mapping[str, Any], times: NDArray[np.float32]) -> Mapping[str, Any]:
+        """What the steps of a picture are told, placed, with what the backend makes of knowing the times [s] of all
+        beforehand. Every step that is given it stands at one of them, with all its rows."""
+
     def run_placed(self, stage: str, profile: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run a stage on placed arrays; what it gives is placed, too, and need not be there yet."""
 
@@ -56,7 +60,10 @@ class Backend(Protocol):
 
 
 class OneType:
-    """A backend whose stages are computed in one type alone."""
+    """A backend whose stages are computed in one type alone, and all anew at each step but what a picture tells."""
+
+    def foretold(self, told: Mapping[str, Any], times: NDArray[np.float32]) -> Mapping[str, Any]:
+        return told
 
     def watch(self, stage: str) -> bool:
         return False

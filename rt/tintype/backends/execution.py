@@ -15,6 +15,8 @@ from tintype.models.stages import Stage
 from tintype_kernels.choice import measuring
 
 EXECUTIONS = ("eager", "compiled", "graph")
+# How many times a graph has room for: what one tells is 2 MB of FLUX in 16 bits, and less of others.
+_ROOMS = (64, 256)
 _WARM_UPS = (
     3  # libraries pick their kernels and workspaces in the first calls, which a capture may not do
 )
@@ -56,24 +58,33 @@ class Replayed:
     """A call captured in a CUDA graph at each set of shapes that it meets; threads take turns.
 
     Of a stage that remembers, what it remembers has a graph of its own, replayed where a picture tells other things.
+    Such a stage may be told all ``times`` [s] of a picture, one of which its rows stand at: then what they tell is
+    worked out with it, and each step finds its own.
     """
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._captures: dict[tuple[torch.Size, ...], _Capture | _Remembering] = {}
+        self._captures: dict[tuple[torch.Size, ...], _Capture] = {}
+        self._remembering: dict[tuple[int, tuple[torch.Size, ...]], _Remembering] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor, times: Tensor | None = None) -> tuple[Tensor, ...]:
         shapes = tuple(tensor.shape for tensor in inputs)
         with self._lock:
+            if isinstance(self._call, Stage) and self._call.remembers:
+                room = 0 if times is None else _room(len(times))
+                times = times if room else None
+                if (room, shapes) not in self._remembering:
+                    self._remembering[room, shapes] = _Remembering(self._call, inputs, times, room)
+                return self._remembering[room, shapes].replay(inputs, times)
             if shapes not in self._captures:
-                self._captures[shapes] = self._captured(inputs)
+                self._captures[shapes] = _Capture(self._call, inputs)
             return self._captures[shapes].replay(inputs)
 
-    def _captured(self, inputs: Sequence[Tensor]) -> _Capture | _Remembering:
-        if isinstance(self._call, Stage) and self._call.remembers:
-            return _Remembering(self._call, inputs)
-        return _Capture(self._call, inputs)
+
+def _room(times: int) -> int:
+    """For how many times a graph has room that is told so many; 0 where they are too many."""
+    return next((room for room in _ROOMS if room >= times), 0)
 
 
 @contextmanager
@@ -119,28 +130,79 @@ class _Capture:
 
 
 class _Remembering:
-    """A stage in two graphs: what it remembers lies where the graph of each step reads it."""
+    """A stage in two graphs: what it remembers lies where the graph of each step reads it, and beside it what all
+    times of the picture tell, where there is room for them."""
 
-    def __init__(self, stage: Stage, inputs: Sequence[Tensor]) -> None:
-        self._changing = stage.changing
-        changing, told = inputs[: self._changing], inputs[self._changing :]
-        self._told: list[tuple[Tensor, int]] = []
+    def __init__(
+        self, stage: Stage, inputs: Sequence[Tensor], times: Tensor | None, room: int
+    ) -> None:
+        self._stage = stage
+        changing, told = inputs[: stage.changing], inputs[stage.changing :]
+        self._known: list[tuple[Tensor, int]] = []
         self._remember = _Capture(stage.remember, told)
-        self._tell(told)
-        self._recall = _Capture(partial(stage.recall, self._remember.outputs), changing)
+        remembered = self._remember.outputs
+        at = partial(stage.at, remembered)
+        self._moments = _Moments(at, len(inputs[0]), room, inputs[0].device) if room else None
+        self._tell(told, times)
 
-    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        self._tell(inputs[self._changing :])
-        return self._recall.replay(inputs[: self._changing])
+        def recall(*changing: Tensor) -> Tensor | tuple[Tensor, ...]:
+            time = stage.time(*changing)
+            moments = self._moments
+            moment = moments.at(time) if moments else [told[0] for told in at(time[None])]
+            return stage.recall(remembered, moment, *changing)
 
-    def _tell(self, told: Sequence[Tensor]) -> None:
-        if not self._is_known(told):
+        self._recall = _Capture(recall, changing)
+
+    def replay(self, inputs: Sequence[Tensor], times: Tensor | None) -> tuple[Tensor, ...]:
+        changing, told = inputs[: self._stage.changing], inputs[self._stage.changing :]
+        self._tell(told, times)
+        return self._recall.replay(changing)
+
+    def _tell(self, told: Sequence[Tensor], times: Tensor | None) -> None:
+        given = [*told] if times is None else [*told, times]
+        if not self._is_known(given):
             self._remember.run(told)
-            self._told = [(tensor, tensor._version) for tensor in told if not tensor.is_inference()]
+            if self._moments is not None and times is not None:
+                self._moments.tell(times)
+            self._known = [(each, each._version) for each in given if not each.is_inference()]
 
     def _is_known(self, told: Sequence[Tensor]) -> bool:
         """Whether these are the tensors that were told last, unchanged; inference tensors do not say."""
-        return len(told) == len(self._told) and all(
+        return len(told) == len(self._known) and all(
             given is known and given._version == version
-            for given, (known, version) in zip(told, self._told, strict=True)
+            for given, (known, version) in zip(told, self._known, strict=True)
         )
+
+
+class _Moments:
+    """What each time of a picture tells each layer that reads times, in a row of a table in which a graph finds it."""
+
+    def __init__(
+        self,
+        at: Callable[[Tensor], tuple[Tensor, ...]],
+        samples: int,
+        room: int,
+        device: torch.device,
+    ) -> None:
+        self._at, self._samples = at, samples
+        self._times = torch.full((room,), torch.inf, device=device)
+        layers = [told[0] for told in self._told(self._times.new_zeros(1))]
+        self._shapes = [told.shape for told in layers]
+        width = sum(told.numel() for told in layers)
+        self._table = torch.zeros((room, width), dtype=layers[0].dtype, device=device)
+
+    def tell(self, times: Tensor) -> None:
+        """Work out what these times [s] tell."""
+        self._times.fill_(torch.inf)[: len(times)] = times
+        rows = [told.flatten(1) for told in self._told(times)]
+        self._table[: len(times)] = torch.cat(rows, dim=1)
+
+    def at(self, time: Tensor) -> list[Tensor]:
+        """What the nearest time tells each layer, [n, c]; all samples [n] stand at one of the times."""
+        found = (self._times - time[0]).abs().argmin(0, keepdim=True)
+        row = self._table.index_select(0, found)[0]
+        parts = torch.split(row, [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _told(self, times: Tensor) -> tuple[Tensor, ...]:
+        return self._at(times[:, None].expand(-1, self._samples))

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,9 @@ _CODES: dict[str, dict[str, Any]] = {
     "int4": {"group": 64},
 }
 # Inputs of a stage, of the same rows, to its outputs.
-RunRows = Callable[[str, list[Tensor]], tuple[Tensor, ...]]
+RunRows = Callable[..., tuple[Tensor, ...]]
+# Beside a step's inputs, the times of all steps of its picture (see `TorchBackend.foretold`).
+_TIMES = "times"
 # SDXL's decoder reaches a few times float16's limit; a power of two keeps normal weights exact.
 _RESIDUAL_SCALE = 16.0
 
@@ -131,6 +134,12 @@ class TorchBackend:
         copy = torch.tensor(array)
         return copy if self._waits else copy.pin_memory().to(self.device, non_blocking=True)
 
+    def foretold(
+        self, told: Mapping[str, Tensor], times: NDArray[np.float32]
+    ) -> Mapping[str, Tensor]:
+        """With the times, of which graphs look up what they tell."""
+        return {**told, _TIMES: self.place(times)} if self._execution == "graph" else told
+
     def run_placed(
         self, stage: str, profile: str, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -150,8 +159,11 @@ class TorchBackend:
         tensors = [inputs[name] for name in module.inputs]
         rows = len(tensors[0])
         size = 1 if self.batch_invariant else min(rows, self._fitting.get(stage, rows))
+        together = run_rows
+        if _TIMES in inputs and size >= rows:
+            together = partial(run_rows, times=inputs[_TIMES])
         try:
-            parts = _in_parts(run_rows, stage, tensors, size)
+            parts = _in_parts(together, stage, tensors, size)
         except torch.OutOfMemoryError as error:
             size = self._halved(stage, size, error)
             parts = _in_parts(run_rows, stage, tensors, size)
@@ -187,13 +199,17 @@ class TorchBackend:
         )
         return smaller
 
-    def _run_unseen(self, stage: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _run_unseen(
+        self, stage: str, inputs: list[Tensor], times: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Run rows together."""
-        return self._call(stage, self.dtype, inputs)
+        return self._call(stage, self.dtype, inputs, times)
 
-    def _run_watched(self, stage: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _run_watched(
+        self, stage: str, inputs: list[Tensor], times: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Run rows together; those that overflow 16 bits run again in float32."""
-        outputs = self._call(stage, self.dtype, inputs)
+        outputs = self._call(stage, self.dtype, inputs, times)
         bad = ~_finite_rows(outputs)
         if not bad.any():
             return outputs
@@ -210,9 +226,12 @@ class TorchBackend:
             f"stage {stage} met NaN or infinity in float32; its inputs or weights are broken"
         )
 
-    def _call(self, stage: str, dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _call(
+        self, stage: str, dtype: torch.dtype, inputs: list[Tensor], times: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        known = {} if times is None else {"times": times}
         with torch.inference_mode(), self._attention():
-            outputs = self._prepared(stage, dtype)(*inputs)
+            outputs = self._prepared(stage, dtype)(*inputs, **known)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def _prepared(self, name: str, dtype: torch.dtype) -> Call:

@@ -70,13 +70,18 @@ class Stepper:
         assert profile is not None
         which = np.minimum(np.arange(profile.batch), len(x) - 1)
         texts = [texts[i] for i in which]
-        told = {name: self._told(name, request, texts) for name in stages(guidance)}
+        rows = list(_rows(table, guidance))
+        times = np.array([numbers[0] for numbers in rows])
+        told = {
+            name: self.backend.foretold(self._told(name, request, texts), times)
+            for name in stages(guidance)
+        }
         place, count, begun = self.backend.place, len(x), x[which]
 
         def walked(noise: StepNoise) -> Floats:
             latents, silence = place(begun), place(np.zeros_like(begun))
             history = place(np.zeros((len(begun), HISTORY, *begun.shape[1:]), np.float32))
-            for step, numbers in enumerate(_rows(table, guidance)):
+            for step, numbers in enumerate(rows):
                 inputs = {
                     "sample": latents,
                     "history": history,
@@ -84,7 +89,8 @@ class Stepper:
                     "noise": place(noise(step)[which]) if table.rows[step].s else silence,
                 }
                 stage = _stage(guidance.scales[step])
-                outputs = self.backend.run_placed(stage, profile.name, inputs | told[stage])
+                inputs.update(told[stage])
+                outputs = self.backend.run_placed(stage, profile.name, inputs)
                 latents, history = outputs["next_sample"], outputs["next_history"]
                 on_step(partial(self._fetch, latents, count))
             return self._fetch(latents, count)

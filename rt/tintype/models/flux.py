@@ -5,7 +5,7 @@ Black Forest Labs 2024; the layout is that of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,10 +21,13 @@ from tintype.models.joint import (
     FeedForward,
     JointAttention,
     Modulation,
-    OutputNorm,
     Stream,
+    modulations,
+    output_norm,
     rotation_at,
+    told_by_times,
 )
+from tintype.models.layers import Time
 
 _PATCH = 2  # latents are packed in squares of two before they reach the transformer
 _LARGEST_HALF = 65504.0
@@ -68,7 +71,7 @@ class _Block(nn.Module):
         self.ff, self.ff_context = FeedForward(width), FeedForward(width)
 
     def forward(
-        self, image: Stream, text: Stream, conditioning: Tensor, rotation: Rotation
+        self, image: Stream, text: Stream, conditioning: Time, rotation: Rotation
     ) -> tuple[Stream, Stream]:
         shift, scale, gate, *of_image = self.norm1(conditioning)
         text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
@@ -91,7 +94,7 @@ class _SingleBlock(nn.Module):
         self.attn = JointAttention(width, config.num_attention_heads, qk_norm=True, output=False)
         self.proj_out = nn.Linear(5 * width, width)
 
-    def forward(self, stream: Stream, conditioning: Tensor, rotation: Rotation) -> Stream:
+    def forward(self, stream: Stream, conditioning: Time, rotation: Rotation) -> Stream:
         shift, scale, gate = self.norm(conditioning)
         stream, normed = stream.normed(shift, scale, [*self.attn.readers, self.proj_mlp])
         attended, _ = self.attn(normed, rotation=rotation)
@@ -121,7 +124,7 @@ class FluxTransformer(nn.Module):
         self.single_transformer_blocks = nn.ModuleList(
             _SingleBlock(config) for _ in range(config.num_single_layers)
         )
-        self.norm_out = OutputNorm(config.width)
+        self.norm_out = Modulation(config.width, 2)
         self.proj_out = nn.Linear(config.width, config.out_channels or config.in_channels)
 
     def forward(
@@ -133,11 +136,32 @@ class FluxTransformer(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """[n, c, h, w], [n] in 0..1000, [n, t, d], [n, p], [n] -> [n, c, h, w]; h and w are even."""
+        text = self.context_embedder(encoder_hidden_states)
+        return self._denoised(sample, self.time_text_embed(timestep, pooled, guidance), text)
+
+    def remember(
+        self, encoder_hidden_states: Tensor, pooled: Tensor, guidance: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What is the same at every step of a picture: text tokens, and what is added to each time."""
+        text = self.context_embedder(encoder_hidden_states)
+        return text, *self.time_text_embed.remember(pooled, guidance)
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        """What each of the times [s, n] tells each modulation of what was remembered: [s, n, c] for each."""
+        return told_by_times(self, self.time_text_embed.at(times, remembered[1:]))
+
+    def recall(
+        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], sample: Tensor
+    ) -> Tensor:
+        """`forward` of the sample with what was remembered and what its time tells, of `at` [n, c] for each."""
+        return self._denoised(
+            sample, dict(zip(modulations(self), told, strict=True)), remembered[0]
+        )
+
+    def _denoised(self, sample: Tensor, conditioning: Time, tokens: Tensor) -> Tensor:
         height, width = sample.shape[-2:]
-        conditioning = self.time_text_embed(timestep, pooled, guidance)
-        image = Stream(self.x_embedder(packed(sample)))
-        text = Stream(self.context_embedder(encoder_hidden_states))
-        words = encoder_hidden_states.shape[1]
+        image, text = Stream(self.x_embedder(packed(sample))), Stream(tokens)
+        words = tokens.shape[1]
         grid = (words, height // _PATCH, width // _PATCH)
         # A picture's shape has one for all steps; a tracer's tensors must not be kept.
         traced = type(sample) is not Tensor or torch.compiler.is_compiling()
@@ -150,7 +174,8 @@ class FluxTransformer(nn.Module):
         for block in self.single_transformer_blocks:
             both = block(both, conditioning, rotation)
         image = Stream(both.settled()[:, words:])
-        return unpacked(self.proj_out(self.norm_out(image, conditioning)), height, width)
+        normed = output_norm(self.norm_out, image, conditioning)
+        return unpacked(self.proj_out(normed), height, width)
 
 
 def packed(latents: Tensor) -> Tensor:

@@ -74,9 +74,21 @@ def convolved_apart(conv: nn.Module, x: Tensor | QuantizedPictures) -> tuple[Ten
     On GPUs the library convolves without a bias, which PyTorch then adds in a pass of its own.
     """
     if _is_plain(conv, nn.Conv2d, x):
-        how = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        return F.conv2d(x, conv.weight, None, *how), conv.bias
+        return unbiased(conv, x), conv.bias
     return conv(x), None
+
+
+def bias_apart(conv: nn.Module) -> Tensor | None:
+    """The bias [c] that `unbiased` leaves to add; None of convolutions that add their own, or that somebody watches."""
+    return conv.bias if type(conv) is nn.Conv2d and not _is_watched(conv) else None
+
+
+def unbiased(conv: nn.Module, x: Tensor | QuantizedPictures) -> Tensor:
+    """The convolution of x without its `bias_apart`."""
+    if bias_apart(conv) is None:
+        return conv(x)
+    how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(x, conv.weight, None, *how)
 
 
 def convolved(conv: nn.Module, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Esser et al. 2024 (arXiv 2403.03206), section 4; adaptive layer norm: Peebles an
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +25,13 @@ from tintype.models.fused import (
     linear_gelu_tanh,
     qk_norm_rope,
 )
-from tintype.models.layers import TimestepEmbedding, merge_heads, sinusoidal_embedding, split_heads
+from tintype.models.layers import (
+    Time,
+    TimestepEmbedding,
+    merge_heads,
+    sinusoidal_embedding,
+    split_heads,
+)
 
 if TYPE_CHECKING:
     from tintype_kernels import QuantizedRows
@@ -44,13 +51,20 @@ class Conditioning(nn.Module):
         self.text_embedder = TimestepEmbedding(pooled_width, width)
 
     def forward(self, time: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
-        embedded = self.timestep_embedder(_frequencies(time, pooled.dtype))
-        if guidance is not None:
-            # Guidance is told on the scale of times: 3.5 as 3500.
-            embedded = embedded + self.guidance_embedder(
-                _frequencies(1000 * guidance, pooled.dtype)
-            )
-        return embedded + self.text_embedder(pooled)
+        return self.at(time, self.remember(pooled, guidance))
+
+    def remember(self, pooled: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What is added to every time: of guidance, where the model has it, and of text, [n, width]."""
+        text = self.text_embedder(pooled)
+        if guidance is None:
+            return (text,)
+        # Guidance is told on the scale of times: 3.5 as 3500.
+        return self.guidance_embedder(_frequencies(1000 * guidance, pooled.dtype)), text
+
+    def at(self, times: Tensor, remembered: Sequence[Tensor]) -> Tensor:
+        """Times [.., n] with what is remembered -> [.., n, width]."""
+        embedded: Tensor = self.timestep_embedder(_frequencies(times, remembered[0].dtype))
+        return sum(remembered, embedded)
 
 
 def _frequencies(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,15 +72,31 @@ def _frequencies(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Modulation(nn.Module):
-    """Conditioning [n, width] -> ``parts`` tensors [n, 1, width]: shifts, scales and gates of a block."""
+    """Conditioning [n, width], or what it tells -> ``parts`` tensors [n, 1, width]: a block's shifts, scales, gates."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(width, parts * width)
 
-    def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(conditioning))[:, None].chunk(self.parts, dim=-1)
+    def told(self, conditioning: Tensor) -> Tensor:
+        """[.., width] -> [.., parts * width]"""
+        return self.linear(F.silu(conditioning))
+
+    def forward(self, conditioning: Time) -> tuple[Tensor, ...]:
+        known = isinstance(conditioning, Mapping)
+        told = conditioning[self] if known else self.told(conditioning)
+        return told[:, None].chunk(self.parts, dim=-1)
+
+
+def told_by_times(transformer: nn.Module, conditioning: Tensor) -> tuple[Tensor, ...]:
+    """What conditioning [.., width] tells each modulation of a transformer, in the order of `modulations`."""
+    return tuple(each.told(conditioning) for each in modulations(transformer))
+
+
+def modulations(transformer: nn.Module) -> list[Modulation]:
+    """All that read the conditioning."""
+    return [each for each in transformer.modules() if isinstance(each, Modulation)]
 
 
 class Stream(NamedTuple):
@@ -100,16 +130,10 @@ class Stream(NamedTuple):
         return Stream(stream.tokens, feed_forward(normed), gate)
 
 
-class OutputNorm(nn.Module):
+def output_norm(modulation: Modulation, stream: Stream, conditioning: Time) -> Tensor:
     """The last norm, whose published weights hold the scale before the shift."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, 2 * width)
-
-    def forward(self, stream: Stream, conditioning: Tensor) -> Tensor:
-        scale, shift = self.linear(F.silu(conditioning))[:, None].chunk(2, dim=-1)
-        return stream.normed(shift, scale)[1]
+    scale, shift = modulation(conditioning)
+    return stream.normed(shift, scale)[1]
 
 
 class FeedForward(nn.Module):

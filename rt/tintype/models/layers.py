@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tintype.models.fused import biased, convolved, convolved_apart, enlarged, group_norm, pointwise
+from tintype.models.fused import (
+    bias_apart,
+    biased,
+    convolved,
+    convolved_apart,
+    enlarged,
+    group_norm,
+    pointwise,
+    unbiased,
+)
+
+# An embedded time [n, e], or what each layer that reads times was told of one.
+Time = Tensor | Mapping[nn.Module, Tensor]
 
 
 class ResnetBlock(nn.Module):
-    """norm-SiLU-conv twice around a skip; the time embedding [n, e], where there is one, is added between."""
+    """norm-SiLU-conv twice around a skip; what a time tells, where there is one, is added between."""
 
     def __init__(
         self, c_in: int, c_out: int, *, groups: int, eps: float, time_channels: int | None = None
@@ -25,10 +39,18 @@ class ResnetBlock(nn.Module):
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+    def told(self, time: Tensor) -> Tensor:
+        """What an embedded time [.., e] adds to every pixel [.., c] behind the first convolution, its bias included."""
+        told, bias = self.time_emb_proj(F.silu(time)), bias_apart(self.conv1)
+        return told if bias is None else told + bias
+
+    def forward(self, x: Tensor, time: Time | None = None) -> Tensor:
         h = group_norm(self.norm1, x, silu=True, readers=[self.conv1])
-        h, bias = convolved_apart(self.conv1, h)
-        shift = _shift(None if time is None else self.time_emb_proj(F.silu(time)), bias, len(x))
+        if isinstance(time, Mapping):
+            h, shift = unbiased(self.conv1, h), time[self][:, :, None, None]
+        else:
+            h, bias = convolved_apart(self.conv1, h)
+            shift = _shift(None if time is None else self.time_emb_proj(F.silu(time)), bias, len(x))
         h = group_norm(self.norm2, h, silu=True, residual=shift, readers=[self.conv2])
         h, bias = convolved_apart(self.conv2, h)  # what it read is free before the sum is made
         if not hasattr(self, "conv_shortcut"):
@@ -91,11 +113,11 @@ def tokens_to_image(x: Tensor, height: int, width: int) -> Tensor:
 def sinusoidal_embedding(
     t: Tensor, channels: int, *, cos_first: bool = True, shift: float = 0.0
 ) -> Tensor:
-    """[n] -> [n, channels] in float32: cosines and sines at frequencies 10000^(-k / (channels/2 - shift))."""
+    """[..] -> [.., channels] in float32: cosines and sines at frequencies 10000^(-k / (channels/2 - shift))."""
     half = channels // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = (
-        t.float()[:, None] * torch.exp(-torch.log(torch.tensor(10000.0)) * k / (half - shift))[None]
+    angles = t.float()[..., None] * torch.exp(
+        -torch.log(torch.tensor(10000.0)) * k / (half - shift)
     )
     parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=-1)

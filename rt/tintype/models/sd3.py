@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from tintype.models.joint import (
     FeedForward,
     JointAttention,
     Modulation,
-    OutputNorm,
     Stream,
+    modulations,
+    output_norm,
+    told_by_times,
 )
-from tintype.models.layers import image_to_tokens, sinusoidal_embedding
+from tintype.models.layers import Time, image_to_tokens, sinusoidal_embedding
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class _Block(nn.Module):
         qk_norm = config.qk_norm is not None
         self.last = last
         self.norm1 = Modulation(width, 9 if dual else 6)
-        self.norm1_context = OutputNorm(width) if last else Modulation(width, 6)
+        self.norm1_context = Modulation(width, 2 if last else 6)
         self.attn = JointAttention(width, heads, qk_norm=qk_norm, text=True, text_output=not last)
         if dual:
             self.attn2 = JointAttention(width, heads, qk_norm=qk_norm)
@@ -104,11 +106,11 @@ class _Block(nn.Module):
             self.ff_context = FeedForward(width)
 
     def forward(
-        self, image: Stream, text: Stream, conditioning: Tensor
+        self, image: Stream, text: Stream, conditioning: Time
     ) -> tuple[Stream, Stream | None]:
         shift, scale, gate, *of_feed_forward = self.norm1(conditioning)
         if self.last:
-            told = self.norm1_context(text, conditioning)
+            told = output_norm(self.norm1_context, text, conditioning)
         else:
             text_shift, text_scale, text_gate, *of_text = self.norm1_context(conditioning)
             text, told = text.normed(text_shift, text_scale, self.attn.text_readers)
@@ -138,7 +140,7 @@ class SD3Transformer(nn.Module):
             _Block(config, dual=i in config.dual_attention_layers, last=i == config.num_layers - 1)
             for i in range(config.num_layers)
         )
-        self.norm_out = OutputNorm(config.width)
+        self.norm_out = Modulation(config.width, 2)
         channels = config.out_channels or config.in_channels
         self.proj_out = nn.Linear(config.width, config.patch_size**2 * channels)
 
@@ -146,12 +148,31 @@ class SD3Transformer(nn.Module):
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled: Tensor
     ) -> Tensor:
         """[n, c, h, w], [n] in 0..1000, [n, t, d], [n, p] -> [n, c, h, w]; h and w are multiples of the patch."""
-        conditioning = self.time_text_embed(timestep, pooled)
-        image = Stream(self.pos_embed(sample))
-        text = Stream(self.context_embedder(encoder_hidden_states))
+        text = self.context_embedder(encoder_hidden_states)
+        return self._denoised(sample, self.time_text_embed(timestep, pooled), text)
+
+    def remember(self, encoder_hidden_states: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+        """What is the same at every step of a picture: text tokens, and what is added to each time."""
+        text = self.context_embedder(encoder_hidden_states)
+        return text, *self.time_text_embed.remember(pooled)
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        """What each of the times [s, n] tells each modulation of what was remembered: [s, n, c] for each."""
+        return told_by_times(self, self.time_text_embed.at(times, remembered[1:]))
+
+    def recall(
+        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], sample: Tensor
+    ) -> Tensor:
+        """`forward` of the sample with what was remembered and what its time tells, of `at` [n, c] for each."""
+        return self._denoised(
+            sample, dict(zip(modulations(self), told, strict=True)), remembered[0]
+        )
+
+    def _denoised(self, sample: Tensor, conditioning: Time, tokens: Tensor) -> Tensor:
+        image, text = Stream(self.pos_embed(sample)), Stream(tokens)
         for block in self.transformer_blocks:
             image, text = block(image, text, conditioning)
-        tokens = self.proj_out(self.norm_out(image, conditioning))
+        tokens = self.proj_out(output_norm(self.norm_out, image, conditioning))
         return self._unpatched(tokens, sample.shape[-2], sample.shape[-1])
 
     def _unpatched(self, tokens: Tensor, height: int, width: int) -> Tensor:

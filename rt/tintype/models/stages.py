@@ -42,8 +42,9 @@ STEPS = {"step": False, "guided_step": True}
 class Stage(nn.Module):
     """A pure function of named arrays; ``inputs`` and ``outputs`` are the names in the order of ``forward``.
 
-    A stage that ``remembers`` also goes in two: `remember`, of what it is told behind its first ``changing`` inputs and
-    is the same at every step of a picture, and `recall`, of what that gives and of the changing ones.
+    A stage that ``remembers`` also goes in three: `remember`, of what it is told behind its first ``changing`` inputs
+    and is the same at every step of a picture; `at`, of what that gives and of times, which are known before; and
+    `recall`, of both and of the changing inputs.
     """
 
     inputs: tuple[str, ...]
@@ -54,9 +55,18 @@ class Stage(nn.Module):
     def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError(f"{type(self).__name__} does not remember")
 
+    def time(self, *changing: Tensor) -> Tensor:
+        """Of changing inputs the times [n] at which they stand."""
+        raise NotImplementedError(f"{type(self).__name__} does not remember")
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        """What each of the times [s, n] tells n rows, [s, n, c] for each layer that reads times."""
+        raise NotImplementedError(f"{type(self).__name__} does not remember")
+
     def recall(
-        self, remembered: tuple[Tensor, ...], *changing: Tensor
+        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], *changing: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
+        """The outputs; ``told`` is what `at` gives for the time of the changing inputs, [n, c] for each layer."""
         raise NotImplementedError(f"{type(self).__name__} does not remember")
 
     @property
@@ -120,8 +130,20 @@ class DenoiseStage(Stage):
     ) -> tuple[Tensor, ...]:
         return self.unet.remember(*self._told(encoder_hidden_states, text_embeds), time_ids)
 
-    def recall(self, remembered: tuple[Tensor, ...], sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.unet.recall(remembered, sample.to(self.dtype), timestep).float()
+    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return timestep
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        return self.unet.at(remembered, times)
+
+    def recall(
+        self,
+        remembered: tuple[Tensor, ...],
+        told: Sequence[Tensor],
+        sample: Tensor,
+        timestep: Tensor,
+    ) -> Tensor:
+        return self.unet.recall(remembered, told, sample.to(self.dtype)).float()
 
     def _told(self, hidden: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """In the weights' type; times and sizes stay float32, as half precision lacks integers above 2048."""
@@ -146,6 +168,7 @@ class FlowDenoiseStage(Stage):
     """Noisy latents, time, text and, for models distilled with it, guidance -> the model's velocity."""
 
     outputs = ("model_output",)
+    remembers, changing = True, 2
 
     def __init__(self, transformer: SD3Transformer | FluxTransformer) -> None:
         super().__init__()
@@ -162,10 +185,33 @@ class FlowDenoiseStage(Stage):
         text_embeds: Tensor,
         *guidance: Tensor,
     ) -> Tensor:
-        dtype = self.dtype
-        # Times and guidance stay float32 until they are frequencies.
-        hidden, pooled = encoder_hidden_states.to(dtype), text_embeds.to(dtype)
-        return self.transformer(sample.to(dtype), timestep, hidden, pooled, *guidance).float()
+        told = self._told(encoder_hidden_states, text_embeds)
+        return self.transformer(sample.to(self.dtype), timestep, *told, *guidance).float()
+
+    def remember(
+        self, encoder_hidden_states: Tensor, text_embeds: Tensor, *guidance: Tensor
+    ) -> tuple[Tensor, ...]:
+        told = self._told(encoder_hidden_states, text_embeds)
+        return self.transformer.remember(*told, *guidance)
+
+    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return timestep
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        return self.transformer.at(remembered, times)
+
+    def recall(
+        self,
+        remembered: tuple[Tensor, ...],
+        told: Sequence[Tensor],
+        sample: Tensor,
+        timestep: Tensor,
+    ) -> Tensor:
+        return self.transformer.recall(remembered, told, sample.to(self.dtype)).float()
+
+    def _told(self, hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """In the weights' type; times and guidance stay float32 until they are frequencies."""
+        return hidden.to(self.dtype), pooled.to(self.dtype)
 
 
 class StepStage(Stage):
@@ -201,15 +247,22 @@ class StepStage(Stage):
     def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
         return self.denoise.remember(*(_both(told) if self.guided else told))
 
+    def time(self, sample: Tensor, history: Tensor, row: Tensor, noise: Tensor) -> Tensor:
+        return row[:, 0]
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        return self.denoise.at(remembered, times.repeat(1, 2) if self.guided else times)
+
     def recall(
         self,
         remembered: tuple[Tensor, ...],
+        told: Sequence[Tensor],
         sample: Tensor,
         history: Tensor,
         row: Tensor,
         noise: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        denoise = partial(self.denoise.recall, remembered)
+        denoise = partial(self.denoise.recall, remembered, told)
         return self._stepped(sample, history, row, noise, denoise)
 
     def _denoised(self, told: Sequence[Tensor], seen: Tensor, time: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Rombach et al. 2022 (arXiv 2112.10752); SDXL's added text and size conditions: P
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from tintype.models.fused import (
 from tintype.models.layers import (
     Downsample,
     ResnetBlock,
+    Time,
     TimestepEmbedding,
     Upsample,
     image_to_tokens,
@@ -252,7 +253,7 @@ class _Level(nn.Module):
                 SpatialTransformer(config, o, heads, depth) for _, o in widths
             )
 
-    def layer(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
+    def layer(self, index: int, x: Tensor, time: Time, context: Context) -> Tensor:
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if hasattr(self, "attentions") else x
 
@@ -267,7 +268,7 @@ class DownLevel(_Level):
         if not last:
             self.downsamplers = nn.ModuleList([Downsample(widths[-1][1], one_sided=False)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Time, context: Context) -> list[Tensor]:
         outputs: list[Tensor] = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, context)
@@ -295,7 +296,7 @@ class MidLevel(nn.Module):
         )
         self.attentions = nn.ModuleList([SpatialTransformer(config, channels, heads, depth)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, time: Time, context: Context) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
 
 
@@ -309,7 +310,7 @@ class UpLevel(_Level):
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Time, context: Context) -> Tensor:
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
         if hasattr(self, "upsamplers"):
@@ -378,7 +379,8 @@ class UNet(nn.Module):
         SDXL also takes text_embeds [n, p] (pooled text) and time_ids [n, 6] (sizes and crop).
         """
         added = self._added_embedding(text_embeds, time_ids, sample.dtype)
-        return self._denoised(sample, timestep, encoder_hidden_states, added)
+        time = self._time(timestep, added, sample.dtype)
+        return self._denoised(sample, time, encoder_hidden_states)
 
     def remember(
         self,
@@ -391,23 +393,35 @@ class UNet(nn.Module):
         added = self._added_embedding(text_embeds, time_ids, encoder_hidden_states.dtype)
         return (*chain.from_iterable(pairs), *([] if added is None else [added]))
 
-    def recall(self, remembered: tuple[Tensor, ...], sample: Tensor, timestep: Tensor) -> Tensor:
-        """`forward` of the sample and the timestep with what was remembered."""
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        """What each of the times [s, n] tells each residual block of what was remembered: [s, n, c] for each."""
+        added = next(iter(remembered[2 * len(self._crossing()) :]), None)
+        time = self._time(times, added, remembered[0].dtype)
+        return tuple(block.told(time) for block in self._timed())
+
+    def recall(
+        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], sample: Tensor
+    ) -> Tensor:
+        """`forward` of the sample with what was remembered and what its time tells, of `at` [n, c] for each."""
         crossing = self._crossing()
         count = 2 * len(crossing)
         pairs = zip(remembered[:count:2], remembered[1:count:2], strict=True)
         context = dict(zip(crossing, pairs, strict=True))
-        return self._denoised(sample, timestep, context, next(iter(remembered[count:]), None))
+        return self._denoised(sample, dict(zip(self._timed(), told, strict=True)), context)
 
     def _crossing(self) -> list[Attention]:
         return [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
 
-    def _denoised(
-        self, sample: Tensor, timestep: Tensor, context: Context, added: Tensor | None
-    ) -> Tensor:
-        channels = self.config.block_out_channels[0]
-        time = self.time_embedding(self._waves(timestep, channels).to(sample.dtype))
-        time = time if added is None else time + added
+    def _timed(self) -> list[ResnetBlock]:
+        return [block for block in self.modules() if isinstance(block, ResnetBlock)]
+
+    def _time(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Times [.., n], embedded, and what SDXL adds to them [n, e] -> [.., n, e]."""
+        waves = self._waves(t, self.config.block_out_channels[0])
+        time = self.time_embedding(waves.to(dtype))
+        return time if added is None else time + added
+
+    def _denoised(self, sample: Tensor, time: Time, context: Context) -> Tensor:
         x = convolved(self.conv_in, sample)
         skips = [x]
         for down in self.down_blocks:

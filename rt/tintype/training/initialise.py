@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tintype.models.autoencoder_kl import MidAttention
-from tintype.models.joint import Modulation, OutputNorm
+from tintype.models.joint import modulations
 from tintype.models.layers import ResnetBlock
 from tintype.models.sd3 import SD3Transformer
 from tintype.models.unet import SpatialTransformer
@@ -33,9 +33,8 @@ def silence_modulation(transformer: SD3Transformer) -> None:
 
     "adaLN-Zero" of Peebles and Xie 2023 (arXiv 2212.09748, section 3.2).
     """
-    for module in transformer.modules():
-        if isinstance(module, (Modulation, OutputNorm)):
-            _zero(module.linear)
+    for modulation in modulations(transformer):
+        _zero(modulation.linear)
     _zero(transformer.proj_out)
 
 

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -211,7 +212,9 @@ class PlayedGraph:
 
     def replay(self) -> None:
         self.replays += 1
-        for own, new in zip(self.outputs, self.call(*self.inputs), strict=True):
+        outputs = self.call(*self.inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for own, new in zip(self.outputs, outputs, strict=True):
             own.copy_(new)
 
 
@@ -247,20 +250,33 @@ def test_a_replayed_call_takes_new_inputs_and_keeps_what_it_gave(captured) -> No
     assert len(captured) == 2
 
 
-@pytest.mark.parametrize("stage", ["denoise", "step", "guided_step"])
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_what_a_picture_tells_is_worked_out_once_for_all_its_steps(
-    saved: Saved, captured, family, stage
-) -> None:
-    checkpoint = open_checkpoint(saved(family))
-    module = TorchBackend(checkpoint).module(stage)
+REMEMBERING = pytest.mark.parametrize(
+    ("family", "stage"),
+    [
+        *product(("sd1", "sdxl", "sd3", "sd35"), ("denoise", "step", "guided_step")),
+        *product(("flux-dev",), ("denoise", "step")),
+    ],
+)
 
-    def told_and_changing(seed):
-        given = example_inputs(checkpoint, module.inputs, stage, "32x32", seed=seed)
-        tensors = [torch.from_numpy(given[name]) for name in module.inputs]
+
+@pytest.fixture
+def given(saved: Saved, family: str, stage: str):
+    """The module of a stage, and what gives its changing inputs and what it is told."""
+    checkpoint = open_checkpoint(saved(family))
+    module = TorchBackend(checkpoint).module(stage).double()  # these models amplify rounding
+
+    def changing_and_told(seed):
+        arrays = example_inputs(checkpoint, module.inputs, stage, "32x32-b2", seed=seed)
+        tensors = [torch.from_numpy(arrays[name]) for name in module.inputs]
         return tensors[: module.changing], tensors[module.changing :]
 
-    (first, told), (second, others) = told_and_changing(0), told_and_changing(1)
+    return module, changing_and_told
+
+
+@REMEMBERING
+def test_what_a_picture_tells_is_worked_out_once_for_all_its_steps(given, captured) -> None:
+    module, changing_and_told = given
+    (first, told), (second, others) = changing_and_told(0), changing_and_told(1)
     replayed = execution.prepared(module, "graph", torch.device("cuda"))
     with torch.inference_mode():
         for changing, pairs, tellings in (
@@ -279,6 +295,37 @@ def test_what_a_picture_tells_is_worked_out_once_for_all_its_steps(
         replayed(*first, *told)
         assert captured[0].replays == 5
     assert len(captured) == 2
+
+
+@REMEMBERING
+@torch.no_grad()
+def test_what_times_tell_is_worked_out_once_where_they_are_known_before(given, captured) -> None:
+    module, changing_and_told = given
+    (changing, told), (_, others) = changing_and_told(0), changing_and_told(1)
+    replayed = execution.prepared(module, "graph", torch.device("cuda"))
+    asked = []
+    at = module.at
+    module.at = lambda remembered, times: asked.append(times.shape) or at(remembered, times)
+
+    def compared(time, told, times):
+        module.time(*changing)[:] = time
+        expected = module(*changing, *told)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for found, right in zip(replayed(*changing, *told, times=times), expected, strict=True):
+            assert relative_error(found, right) < 1e-5
+
+    times, others_times = torch.tensor([999.0, 500.5, 1.0]), torch.linspace(1000, 0, 64)
+    compared(500.5, told, times)
+    worked_out = len(asked)
+    for time in (999.0, 1.0, 500.5):
+        compared(time, told, times)
+    assert len(asked) == worked_out  # no step asks again, and no graph was captured that does
+    compared(1.0, others, times)
+    compared(float(others_times[7]), others, others_times)
+    assert len(asked) == worked_out + 2
+    assert len(captured) == 2
+    compared(float(times[1]), told, torch.linspace(1, 500.5, 1000))  # for which there is no room
+    assert len(captured) == 4
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.03), ("fp8", 0.08), ("int4", 0.3)])
