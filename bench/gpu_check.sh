@@ -85,7 +85,7 @@ bounded() {
 
 # A step of each generator, kernel by kernel, beside diffusers' denoiser.
 steps() {
-    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev --precision bf16 fp8 int8 --peer \
+    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev --precision bf16 fp8 int8 --peer eager compiled \
         --stage step decode --json "$out/steps.json" "$@" 2>&1 | tee -a "$out/steps.txt"
 }
 

@@ -14,6 +14,7 @@ from tintype.checkpoints import open_checkpoint
 from tintype.errors import BackendUnavailable, RequestError
 from tintype_bench.runners import Pictures, Running
 from tintype_bench.runners.component import denoiser_inputs
+from tintype_bench.runners.diffusers_compiled import inductor_flags, prepare
 from tintype_bench.work import Runner, Work
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,20 +63,13 @@ def _denoiser_name(pipe: Any) -> str:
 
 
 def _compile(pipe: Any, denoiser: str, runner: Runner) -> None:
-    """diffusers' guide "Accelerate inference": channels last, fused projections, and a mode with Inductor's flags."""
-    config = torch._inductor.config
+    """The denoiser and the decoder, whole."""
     # Weights are packed once for oneDNN, as PyTorch's guide for CPUs says.
-    config.freezing = runner.device == "cpu"
-    if runner.mode == "max-autotune":
-        config.conv_1x1_as_mm = True
-        config.coordinate_descent_tuning = True
-        config.coordinate_descent_check_all_directions = True
-        config.epilogue_fusion = False
-    for module in (getattr(pipe, denoiser), pipe.vae):
-        module.to(memory_format=torch.channels_last)
-        if hasattr(module, "fuse_qkv_projections"):
-            module.fuse_qkv_projections()
+    flags = inductor_flags(runner.mode, freezing=runner.device == "cpu")
+    for flag, value in flags.items():
+        setattr(torch._inductor.config, flag, value)
     for owner, name in ((getattr(pipe, denoiser), "forward"), (pipe.vae, "decode")):
+        prepare(owner)
         compiled = torch.compile(getattr(owner, name), mode=runner.mode, fullgraph=True)
         setattr(owner, name, compiled)
 
