@@ -66,6 +66,7 @@ class Compiled:
     shared_bytes: int
     tensor_cores: str
     multiplies: bool
+    awaits: bool
     instructions: float
     widest_bytes: int
 
@@ -76,6 +77,8 @@ class Compiled:
             return f"spills {self.spilled_bytes} bytes"
         if self.multiplies and not self.tensor_cores:
             return "multiplies matrices without tensor cores"
+        if not self.awaits:
+            return "reads or writes before it awaits earlier launches"
         return ""
 
 
@@ -200,6 +203,7 @@ def _report(op: str, case: str, arch: int, launch: _Launch) -> Compiled:
         shared_bytes=binary.metadata.shared,
         tensor_cores=next(found, ""),
         multiplies="tt.dot" in binary.asm["ttir"],
+        awaits=_awaits(binary.asm["ptx"]) or not binary.metadata.launch_pdl,
         instructions=_instructions(binary.asm["cubin"]) * launch.threads / launch.elements,
         widest_bytes=_widest_bytes(binary.asm["ptx"]),
     )
@@ -211,6 +215,12 @@ def _instructions(cubin: bytes) -> int:
     size, count = struct.unpack_from("<HH", cubin, 0x3A)
     sections = (struct.unpack_from("<8xQ16xQ", cubin, table + n * size) for n in range(count))
     return sum(int(length) for flags, length in sections if flags & 4) // 16
+
+
+def _awaits(ptx: str) -> bool:
+    """Whether code waits for earlier launches before it touches memory that they may write."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    return bool(waits) and not re.search(r"\b(?:ld|st|atom|red)\.global|\bcp\.async", before)
 
 
 def _widest_bytes(ptx: str) -> int:

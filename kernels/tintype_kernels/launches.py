@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tintype_kernels.torch_op import TorchOp
+from tintype_kernels.triton_support import entry
 
 # Whose Triton forms launch kernels on whole tensors, and do no more.
 OPS = (
@@ -111,8 +113,9 @@ def _recorded(form: Callable[..., Any], arguments: list[Any]) -> tuple[Any, list
         given = dict(zip(kernel.arg_names, values, strict=False)) | own
         launches.append(_Launch(kernel, given, grid, named))
 
-    kind = importlib.import_module("triton.runtime.jit").JITFunction
-    with mock.patch.object(kind, "run", record), _NothingMoved():  # type: ignore[no-untyped-call]
+    # Where kernels are interpreted nothing is launched, and there is no such class.
+    recorded = mock.patch.object(entry, "run", record) if isinstance(entry, type) else nullcontext()
+    with recorded, _NothingMoved():  # type: ignore[no-untyped-call]
         return form(*arguments), launches
 
 

@@ -5,9 +5,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+from functools import cache
 from typing import Any
 
 jit: Any
+entry: Any
+await_earlier: Any
 set_allocator: Any
 try:
     jit = importlib.import_module("triton").jit
@@ -17,6 +21,43 @@ try:
 except ImportError as error:
     jit, tl, reason = lambda kernel: kernel, None, f"Triton is not usable: {error}"  # type: ignore[assignment]
     set_allocator = None
+
+if tl is None or importlib.import_module("triton.knobs").runtime.interpret:
+    entry = jit
+
+    @jit
+    def await_earlier():  # noqa: ANN201
+        """Nothing to wait for."""
+
+else:
+    _JITFunction: Any = importlib.import_module("triton.runtime.jit").JITFunction
+    _driver: Any = importlib.import_module("triton.runtime").driver
+    _gdc: Any = importlib.import_module("triton.language.extra.cuda.gdc")
+
+    class entry(_JITFunction):  # type: ignore[no-redef, misc]  # noqa: N801
+        """A kernel that is launched: where it may begin while earlier launches end, it awaits them first."""
+
+        def run(self, *arguments: Any, **options: Any) -> Any:
+            early = _begins_early(_driver.active.get_current_device())
+            return super().run(*arguments, launch_pdl=early, **options)
+
+    @tl.core.builtin
+    def await_earlier(_semantic=None):  # noqa: ANN001, ANN201
+        """Let the next launch begin where there is room for it, and wait for all that earlier ones write.
+
+        An entry does so before it reads or writes. Where launches begin one behind the other it is nothing.
+        """
+        if _semantic.builder.options.launch_pdl:
+            _gdc.gdc_launch_dependents(_semantic=_semantic)
+            _gdc.gdc_wait(_semantic=_semantic)
+
+    @cache
+    def _begins_early(_: int) -> bool:
+        """Whether launches on the device do, which takes Hopper or later, and asking for it: no GPU has run it yet."""
+        target = _driver.active.get_current_target()
+        asked = os.environ.get("TINTYPE_EARLY_LAUNCHES") == "1"
+        return asked and target.backend == "cuda" and int(target.arch) >= 90
+
 
 # What is less has no inverse in float32. Kernels see globals that are constants of Triton's alone.
 LEAST_NORMAL: Any = 2.0**-126 if tl is None else tl.constexpr(2.0**-126)

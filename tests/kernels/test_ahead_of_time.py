@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tintype_kernels.ahead_of_time import ARCHITECTURES, cases, op_modules
+from tintype_kernels.ahead_of_time import ARCHITECTURES, _awaits, cases, op_modules
 
 # Small and odd samples, one pixel or one row among them, which Triton sees as constants.
 COMPILE_SAMPLES = """
@@ -27,6 +27,7 @@ for sample in SAMPLES:
 def compiling(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["TINTYPE_EARLY_LAUNCHES"] = "1"
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -57,6 +58,19 @@ def test_every_op_compiles_for_every_architecture(report):
 def test_nothing_spills_or_multiplies_without_tensor_cores(report):
     faults = [f"{r['op']} {r['case']} {r['kernel']} sm_{r['arch']} {r['fault']}" for r in report]
     assert not [fault for fault, row in zip(faults, report, strict=True) if row["fault"]]
+
+
+def test_every_kernel_for_hopper_and_later_awaits_earlier_launches(report):
+    assert {row["awaits"] for row in report} == {True}
+
+
+@pytest.mark.parametrize(
+    "touch", ["ld.global.v4.b32", "st.global.b16", "cp.async.cg.shared.global"]
+)
+def test_code_that_touches_memory_before_it_awaits_is_found(touch):
+    assert _awaits(f"ld.param.b64; griddepcontrol.wait; {touch}")
+    assert not _awaits(f"{touch}; griddepcontrol.wait;")
+    assert not _awaits(touch)
 
 
 def test_registers_are_what_the_assembler_reports(report):

@@ -20,7 +20,7 @@ from tintype_kernels.ops.quantised_rows import (
 )
 from tintype_kernels.ops.row_parts import columns, inside, light_row_parts
 from tintype_kernels.torch_op import check, describe, is_floating, public, unit_stride
-from tintype_kernels.triton_support import arch_of, ceil_div, jit, tl, widen
+from tintype_kernels.triton_support import arch_of, await_earlier, ceil_div, entry, tl, widen
 
 
 def reference(
@@ -38,12 +38,13 @@ def _reference_forward(
     return as_bytes(rows.codes), rows.scales
 
 
-@jit
+@entry
 def _kernel(
     x, before, codes, scales, M, N: tl.constexpr, B: tl.constexpr, x_row, before_row,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of B + N elements: grid (rows,)."""
+    await_earlier()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x += rows[:, None].to(tl.int64) * x_row - B
     before += rows[:, None].to(tl.int64) * before_row

@@ -23,7 +23,7 @@ from tintype_kernels.ops.attention_forward import (
     strided,
     zeros,
 )
-from tintype_kernels.triton_support import ceil_div, jit, tl
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, jit, tl
 
 
 @jit
@@ -40,7 +40,7 @@ def _row(table, at, index, queries, OTHER: tl.constexpr):
     return tl.load(table + at * queries + index, index < queries, OTHER)
 
 
-@jit
+@entry
 def _delta_kernel(
     q, k_extra, v_extra, grad, out, lse_extra, delta, delta_extra,
     heads, queries, keys_extra, scale, extra_scale,
@@ -48,6 +48,7 @@ def _delta_kernel(
     EXTRA: tl.constexpr,
 ):  # fmt: skip
     """Each set's sum of weights times slopes, [queries]: together grad . out, so the first set needs no pass."""
+    await_earlier()
     at = tl.program_id(1).to(tl.int64)
     b, h = at // heads, at % heads
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -103,7 +104,7 @@ def _query_set(
     return total
 
 
-@jit
+@entry
 def _query_kernel(
     q, k, v, k_extra, v_extra, key_lengths, grad, lse, lse_extra, delta, delta_extra, dq,
     heads, queries, keys, keys_extra, scale, extra_scale, factor,
@@ -111,6 +112,7 @@ def _query_kernel(
     EXTRA: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of ROWS queries of one head: grid (queries, batch * heads)."""
+    await_earlier()
     at = tl.program_id(1).to(tl.int64)
     b, h = at // heads, at % heads
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -144,7 +146,7 @@ def _query_kernel(
     store(head_of(dq, b, h, D), index, queries, (total[0] * factor, total[1] * factor), D, H, R)
 
 
-@jit
+@entry
 def _key_kernel(
     q, k, v, key_lengths, grad, lse, delta, dk, dv,
     heads, queries, keys, scale, weight, factor,
@@ -152,6 +154,7 @@ def _key_kernel(
     LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of KEYS keys and values of one head, transposed throughout: grid (keys, batch * heads)."""
+    await_earlier()
     at = tl.program_id(1).to(tl.int64)
     b, h = at // heads, at % heads
     key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)

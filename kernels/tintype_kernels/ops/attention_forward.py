@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from tintype_kernels.torch_op import wide_type
-from tintype_kernels.triton_support import arch_of, ceil_div, jit, power_of_two, tl
+from tintype_kernels.triton_support import (
+    arch_of,
+    await_earlier,
+    ceil_div,
+    entry,
+    jit,
+    power_of_two,
+    tl,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -184,7 +192,7 @@ def key_count(key_lengths, b, keys, LENGTHS: tl.constexpr):
     return count
 
 
-@jit
+@entry
 def _forward_kernel(
     q, k, v, k_extra, v_extra, key_lengths, out, lse, lse_extra,
     heads, queries, keys, keys_extra, scale, extra_scale,
@@ -192,6 +200,7 @@ def _forward_kernel(
     EXTRA: tl.constexpr, LENGTHS: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head: grid (queries, batch * heads). Offsets to a head pass 2**31 elements."""
+    await_earlier()
     at = tl.program_id(1).to(tl.int64)
     b, h = at // heads, at % heads
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

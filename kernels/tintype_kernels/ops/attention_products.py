@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tintype_kernels.ops.attention_forward import LOG2_E, empty_outputs
-from tintype_kernels.triton_support import jit, power_of_two, tl, too_wide
+from tintype_kernels.triton_support import await_earlier, entry, power_of_two, tl, too_wide
 
 # Of a head: up to there PyTorch's libraries have kernels that keep scores on chip.
 WIDEST_FUSED = 256
@@ -16,9 +16,10 @@ WIDEST_FUSED = 256
 _QUERIES = 4096
 
 
-@jit
+@entry
 def _kernel(scores, weights, keys, scale, BLOCK: tl.constexpr):
     """The softmax of a row of scores times scale, which is in powers of two: grid (rows,)."""
+    await_earlier()
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < keys
     x = scale * tl.load(scores + row * keys + at, inside, float("-inf"))

@@ -19,7 +19,15 @@ from tintype_kernels.ops.attention_forward import (
     soften,
     strided,
 )
-from tintype_kernels.triton_support import arch_of, ceil_div, jit, set_allocator, tl
+from tintype_kernels.triton_support import (
+    arch_of,
+    await_earlier,
+    ceil_div,
+    entry,
+    jit,
+    set_allocator,
+    tl,
+)
 
 
 @jit
@@ -28,12 +36,13 @@ def _tokens(head, count, ROWS: tl.constexpr, D: tl.constexpr):
     return tl.make_tensor_descriptor(head[0], [count, D], [head[1], 1], [ROWS, D])
 
 
-@jit
+@entry
 def _kernel(
     q, k, v, out, heads, queries, keys, scale,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one head: grid (queries, batch * heads). WHOLE says that KEYS divides the keys."""
+    await_earlier()
     at, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
     b, h = at // heads, at % heads
     k_tokens = _tokens(head_of(k, b, h, D), keys, KEYS, D)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tintype_kernels.layout import memory_format
 from tintype_kernels.torch_op import TorchOp, check, check_floating, public, wide
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, power_of_two, tl, widen
 
 TILE = 4096  # elements that a block of four warps works on at a time
 
@@ -31,12 +31,13 @@ def _reference_forward(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tens
     return _empty(x).copy_(reference(x, bias, residual))
 
 
-@jit
+@entry
 def _kernel(
     x, bias, residual, out, M, N, C,
     ACROSS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of an array [M, N], whose channels go ACROSS it, or else down it over and over: grid (rows, columns)."""
+    await_earlier()
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (rows[:, None] < M) & (columns[None, :] < N)

@@ -18,7 +18,7 @@ from tintype_kernels.torch_op import (
     wide,
     wide_type,
 )  # fmt: skip
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, power_of_two, tl, widen
 
 TILE = 4096  # elements that a block of four warps works on at a time
 
@@ -42,12 +42,13 @@ def _reference_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, 
     return empty(y).copy_(grad * gate[:, None]), (wide(grad) * wide(y)).sum(1).to(y.dtype)
 
 
-@jit
+@entry
 def _forward_kernel(
     x, y, gate, out, T, C, x_batch, x_row, y_batch, y_row, gate_batch,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile of a sample: grid (tokens, channels, samples)."""
+    await_earlier()
     rows, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = (rows[:, None] < T) & (c[None, :] < C)
@@ -58,12 +59,13 @@ def _forward_kernel(
     tl.store(out + b * T * C + row * C + c[None, :], stream + open_by * branch, mask)
 
 
-@jit
+@entry
 def _backward_kernel(
     grad, y, gate, dy, sums, T, C, SPAN, y_batch, y_row, gate_batch,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dy of SPAN tokens, and their sum of grad*y: grid (spans, channels, samples)."""
+    await_earlier()
     span, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     last = tl.minimum(span * SPAN + SPAN, T)

@@ -20,7 +20,15 @@ from tintype_kernels.torch_op import (
     unit_stride,
     wide,
 )
-from tintype_kernels.triton_support import ceil_div, jit, normal_below, tl, widen
+from tintype_kernels.triton_support import (
+    await_earlier,
+    ceil_div,
+    entry,
+    jit,
+    normal_below,
+    tl,
+    widen,
+)
 
 
 def baseline(x: Tensor) -> Tensor:
@@ -64,17 +72,19 @@ def load(at, C, inside):
     return widen(tl.load(at, inside, 0.0)), widen(tl.load(at + C, inside, 0.0))
 
 
-@jit
+@entry
 def _forward_kernel(x, out, C, x_row, BLOCK: tl.constexpr):
     """BLOCK channels of a row: grid (rows, channels)."""
+    await_earlier()
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value, gate = load(x + row * x_row + c, C, c < C)
     tl.store(out + row * C + c, value * gate * normal_below(gate), c < C)
 
 
-@jit
+@entry
 def _backward_kernel(grad, x, dx, C, x_row, BLOCK: tl.constexpr):
     """BLOCK channels of both halves of a row: grid (rows, channels)."""
+    await_earlier()
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value, gate = load(x + row * x_row + c, C, c < C)
     below = normal_below(gate)

@@ -19,7 +19,7 @@ from tintype_kernels.ops.quantised_rows import (
 )
 from tintype_kernels.ops.row_parts import columns, inside, light_row_parts
 from tintype_kernels.torch_op import public
-from tintype_kernels.triton_support import arch_of, ceil_div, jit, normal_below, tl
+from tintype_kernels.triton_support import arch_of, await_earlier, ceil_div, entry, normal_below, tl
 
 
 def reference(x: Tensor, scheme: str = "int8") -> QuantizedRows:
@@ -37,12 +37,13 @@ def _reference_forward(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     return as_bytes(rows.codes), rows.scales
 
 
-@jit
+@entry
 def _kernel(
     x, codes, scales, M, C: tl.constexpr, x_row,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows: grid (rows,)."""
+    await_earlier()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = x + rows[:, None].to(tl.int64) * x_row
     parts = ()

@@ -9,7 +9,7 @@ times the spread.
 
 from __future__ import annotations
 
-from tintype_kernels.triton_support import jit, sigmoid, tl, widen
+from tintype_kernels.triton_support import await_earlier, entry, jit, sigmoid, tl, widen
 
 
 @jit
@@ -89,13 +89,14 @@ def whole_group(
     return z * gate, n, pixels, c, mask
 
 
-@jit
+@entry
 def group_kernel(
     x, residual, weight, bias, out, stats, C, P, eps, GROUPS: tl.constexpr, SILU: tl.constexpr,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A whole group in one block: grid (groups, n)."""
+    await_earlier()
     values, n, pixels, c, mask = whole_group(
         x, residual, weight, bias, stats, C, P, eps, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, WIDTH, PIXELS, CHANNELS
     )  # fmt: skip
@@ -112,12 +113,13 @@ def _folded(x, CHANNELS_LAST: tl.constexpr):
     return tl.sum(x.reshape(P // FOLD, FOLD, x.shape[1]), 1)
 
 
-@jit
+@entry
 def pieces_kernel(
     x, residual, pieces, C, P, SPAN,
     RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean, low part and squared deviations of SPAN pixels of each channel: grid (splits, channels, n)."""
+    await_earlier()
     split, splits, n = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     first = split * SPAN
@@ -143,7 +145,7 @@ def pieces_kernel(
     tl.store(at + 2 * C * splits, squares, c < C)
 
 
-@jit
+@entry
 def merge_kernel(
     pieces, weight, bias, stats, affine, C, P, SPAN, splits, eps,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -152,6 +154,7 @@ def merge_kernel(
 
     A norm's output is then `(h - mean) * gain + offset`, where the offset takes up the mean's low part.
     """
+    await_earlier()
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     piece, count = tl.arange(0, BLOCK), C // GROUPS * splits
     mask = piece < count
@@ -199,19 +202,20 @@ def tile(
     return z * sigmoid(z) if SILU else z, n, pixels, c, mask
 
 
-@jit
+@entry
 def apply_kernel(
     x, residual, affine, out, C, P, SILU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Normalise a tile, after a pass that read forwards: grid (pixels, channels, n)."""
+    await_earlier()
     values, n, pixels, c, mask = tile(
         x, residual, affine, C, P, SILU, RESIDUAL, CHANNELS_LAST, PIXELS, CHANNELS, True
     )
     tl.store(out + n * C * P + offsets(pixels, c, C, P, CHANNELS_LAST), values, mask)
 
 
-@jit
+@entry
 def backward_kernel(
     grad, x, residual, weight, bias, stats, sums, means, dx, C, P, SPAN,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
@@ -219,6 +223,7 @@ def backward_kernel(
     SUMS: tl.constexpr,
 ):  # fmt: skip
     """SUMS of dz and dz*normed over SPAN pixels, or dx from the groups' means: grid (splits, channels, n)."""
+    await_earlier()
     split, splits, n = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     last = tl.minimum(split * SPAN + SPAN, P)
@@ -248,9 +253,10 @@ def backward_kernel(
         tl.store(to + C * splits, moved, c < C)
 
 
-@jit
+@entry
 def means_kernel(sums, weight, means, C, P, splits, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """Means over a group of dz*weight and of that times normed, from its pieces' sums: grid (groups, n, 2)."""
+    await_earlier()
     group, n, which = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     piece, count = tl.arange(0, BLOCK), C // GROUPS * splits
     scale = widen(tl.load(weight + group * (C // GROUPS) + piece // splits, piece < count, 0.0))

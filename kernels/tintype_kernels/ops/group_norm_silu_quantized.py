@@ -25,7 +25,7 @@ from tintype_kernels.ops.quantised_pictures import (
     store_codes,
 )
 from tintype_kernels.torch_op import TorchOp, check, public
-from tintype_kernels.triton_support import jit, tl
+from tintype_kernels.triton_support import await_earlier, entry, tl
 
 
 def reference(
@@ -59,7 +59,7 @@ def _empty(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-@jit
+@entry
 def _kernel(
     x, residual, weight, bias, stats, affine, given, scales, codes, C, P, eps, GROUPS: tl.constexpr,
     SILU: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr,
@@ -67,6 +67,7 @@ def _kernel(
     WHOLE: tl.constexpr, BACKWARDS: tl.constexpr, PEAK: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """The PEAK or the codes of a WHOLE group, grid (groups, n), or of a tile, grid (pixels, channels, n)."""
+    await_earlier()
     if WHOLE:
         values, n, pixels, c, mask = kernels.whole_group(
             x, residual, weight, bias, stats, C, P, eps, GROUPS, SILU, RESIDUAL, CHANNELS_LAST, WIDTH, PIXELS, CHANNELS

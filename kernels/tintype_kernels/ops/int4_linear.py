@@ -16,7 +16,7 @@ from tintype_kernels.ops import linear_vector
 from tintype_kernels.ops.linear_epilogue import store_finished, tile_of
 from tintype_kernels.ops.quantise import Int4Weight, check_int4_weight, dequantize, quantize_int4
 from tintype_kernels.torch_op import TorchOp, public
-from tintype_kernels.triton_support import ceil_div, jit, tl
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, jit, tl
 
 
 def reference(
@@ -50,13 +50,14 @@ def _unpacked(codes, x, UNPACK: tl.constexpr):
     return low, high
 
 
-@jit
+@entry
 def _kernel(
     x, packed, scales, bias, residual, out, M, N, groups,
     GROUP: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNPACK: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """x w^T with the epilogue: grid (tiles,)."""
+    await_earlier()
     half: tl.constexpr = GROUP // 2
     down, across = tile_of(M, N, ROWS, COLUMNS, 8)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
@@ -136,9 +137,10 @@ def _vector_forward(
     return out
 
 
-@jit
+@entry
 def _dequantize_kernel(packed, scales, out, groups, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK groups of weights in out's type: grid (blocks,)."""
+    await_earlier()
     half: tl.constexpr = GROUP // 2
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside, place = (group < groups)[:, None], tl.arange(0, half)[None, :]

@@ -26,7 +26,7 @@ from tintype_kernels.ops.quantised_pictures import (
     write_pictures,
 )
 from tintype_kernels.torch_op import TorchOp, check, check_floating, describe, public
-from tintype_kernels.triton_support import ceil_div, jit, tl, widen
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, tl, widen
 
 LONGEST = 2**31 // (127 * 128)  # products of two codes that an int32 can sum
 
@@ -86,7 +86,7 @@ def _empty_output(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-@jit
+@entry
 def _convolve_kernel(
     x, w, x_scales, w_scales, bias, residual, out, N, C, H, W, OUT_W, P, TAPS, stride,
     WIDTH: tl.constexpr, PADDING: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -94,6 +94,7 @@ def _convolve_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """x [n, H, W, C] over w [N, TAPS, C] with the epilogue, for P pixels a sample: grid (tiles, samples)."""
+    await_earlier()
     sample = tl.program_id(1).to(tl.int64)
     down, across = tile_of(P, N, ROWS, COLUMNS, 8)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)

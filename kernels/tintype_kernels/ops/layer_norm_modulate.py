@@ -24,7 +24,16 @@ from tintype_kernels.torch_op import (
     wide,
     wide_type,
 )  # fmt: skip
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, too_wide, widen
+from tintype_kernels.triton_support import (
+    await_earlier,
+    ceil_div,
+    entry,
+    jit,
+    power_of_two,
+    tl,
+    too_wide,
+    widen,
+)
 
 
 def reference(
@@ -123,24 +132,26 @@ def store_tokens(parts, out, rows, T, C: tl.constexpr, WIDTH: tl.constexpr):
         tl.store(at + columns(part, WIDTH), parts[part], inside(rows, T, part, C, WIDTH))
 
 
-@jit
+@entry
 def _forward_kernel(
     x, shift, scale, out, T, C: tl.constexpr, x_batch, x_row, shift_batch, scale_batch, eps, unit,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
+    await_earlier()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     parts = load_tokens(x, rows, T, C, x_batch, x_row, WIDTH)
     parts = modulated(parts, shift, scale, C, shift_batch, scale_batch, eps, unit, WIDTH)
     store_tokens(parts, out, rows, T, C, WIDTH)
 
 
-@jit
+@entry
 def _backward_kernel(
     grad, x, scale, dx, sums, T, C: tl.constexpr, SPAN, x_batch, x_row, scale_batch, eps, unit,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx of SPAN tokens of a sample, and their sums of grad and grad*normed: grid (spans, samples)."""
+    await_earlier()
     span, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, CHANNELS)
     last = tl.minimum(span * SPAN + SPAN, T)

@@ -22,7 +22,7 @@ from tintype_kernels.ops.quantised_rows import (
 )
 from tintype_kernels.ops.row_parts import row_parts
 from tintype_kernels.torch_op import check_floating, per_sample, public, unit_stride
-from tintype_kernels.triton_support import ceil_div, jit, tl
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, tl
 
 
 def reference(
@@ -46,12 +46,13 @@ def _reference_forward(
     return as_bytes(rows.codes), rows.scales
 
 
-@jit
+@entry
 def _kernel(
     x, shift, scale, codes, scales, T, C: tl.constexpr, x_batch, x_row, shift_batch, scale_batch, eps, unit,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
+    await_earlier()
     rows, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     parts = plain.load_tokens(x, rows, T, C, x_batch, x_row, WIDTH)
     parts = plain.modulated(parts, shift, scale, C, shift_batch, scale_batch, eps, unit, WIDTH)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tintype_kernels.dispatch import interpreting
 from tintype_kernels.ops.linear_epilogue import store_finished
-from tintype_kernels.triton_support import ceil_div, jit, tl
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, jit, tl
 
 COLUMNS = 16  # outputs of a block
 _WARPS = 4
@@ -21,13 +21,14 @@ _BYTES = 512  # of each output's weights in a turn: sixteen for every thread of 
 _ALIGNED = 16
 
 
-@jit
+@entry
 def _eights_kernel(
     x, w, x_scales, w_scales, bias, residual, out, M, N, K,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, DP4A: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """A row of codes by w^T with the epilogue: grid (rows, outputs). int8 comes as words of four codes, K of them."""
+    await_earlier()
     row, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     x_at = x + row.to(tl.int64) * K + depth
@@ -70,13 +71,14 @@ def _below_exponent(codes):
     return (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
 
 
-@jit
+@entry
 def _fours_kernel(
     x, packed, scales, bias, residual, out, M, N, groups,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """A row by weights in two codes a byte, with the epilogue: grid (rows, outputs). GROUPS of them in a turn."""
+    await_earlier()
     half: tl.constexpr = GROUP // 2
     row, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     w_row, place = (columns % N).to(tl.int64), tl.arange(0, GROUPS * half)

@@ -23,7 +23,15 @@ from tintype_kernels.torch_op import (
     wide,
     wide_type,
 )
-from tintype_kernels.triton_support import ceil_div, jit, power_of_two, tl, widen
+from tintype_kernels.triton_support import (
+    await_earlier,
+    ceil_div,
+    entry,
+    jit,
+    power_of_two,
+    tl,
+    widen,
+)
 
 TILE = 4096  # elements that a block of four warps holds in registers
 HEADS = 4  # heads at most that share one load of cos and sin
@@ -155,12 +163,13 @@ def _forward_tile(
         tl.store(to, rotated, inside)
 
 
-@jit
+@entry
 def _forward_kernel(
     q, k, q_weight, k_weight, cos, sin, q_out, k_out, q_strides, k_strides, q_out_strides, k_out_strides,
     T, D, eps, HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """A tile of q or of k: grid (tokens, heads, 2 * samples)."""
+    await_earlier()
     n = (tl.program_id(2) // 2).to(tl.int64)
     if tl.program_id(2) % 2 == 0:
         _forward_tile(
@@ -172,12 +181,13 @@ def _forward_kernel(
         )  # fmt: skip
 
 
-@jit
+@entry
 def _backward_kernel(
     grad, x, weight, cos, sin, dx, sums, grad_strides, strides, dx_strides, T, D, eps,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile, and its sum of dy*normed: grid (tokens, heads, samples)."""
+    await_earlier()
     n = tl.program_id(2).to(tl.int64)
     token, d, inside = _tile(T, D, TOKENS, DIM)
     grads = _load_heads(grad, grad_strides, n, token, d, inside, HEADS)

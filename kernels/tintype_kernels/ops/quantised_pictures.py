@@ -15,7 +15,9 @@ from tintype_kernels.layout import memory_format
 from tintype_kernels.ops.quantise import LARGEST
 from tintype_kernels.triton_support import (
     LEAST_NORMAL,
+    await_earlier,
     ceil_div,
+    entry,
     jit,
     magnitude_bits,
     nearest_int8,
@@ -95,20 +97,22 @@ def store_codes(values, given, scales, codes, n, at, inside, STATIC: tl.constexp
     tl.store(codes + at, nearest_int8(steps), inside)
 
 
-@jit
+@entry
 def _peak_kernel(x, peaks, SIZE, SPAN: tl.constexpr):
     """Each sample's peak: grid (spans, samples)."""
+    await_earlier()
     n = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     raise_peak(peaks + n, tl.load(x + n * SIZE + at, at < SIZE, 0.0).to(tl.float32))
 
 
-@jit
+@entry
 def _codes_kernel(
     x, given, scales, codes, C, P,
     STATIC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile of a sample, which lies either way: grid (pixels, channels, samples)."""
+    await_earlier()
     n = tl.program_id(2).to(tl.int64)
     pixels = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]
     channels = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]

@@ -23,7 +23,7 @@ from tintype_kernels.torch_op import (
     public,
     unit_stride,
 )  # fmt: skip
-from tintype_kernels.triton_support import ceil_div, jit, tl, widen
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, jit, tl, widen
 
 
 def reference(
@@ -70,12 +70,13 @@ def joined(
     return wide
 
 
-@jit
+@entry
 def _forward_kernel(
     x, y, gate, shift, scale, stream, out, T, C: tl.constexpr, x_batch, x_row, y_batch, y_row, gate_batch,
     shift_batch, scale_batch, eps, unit, GATED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
+    await_earlier()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     parts = joined(
         x, y, gate, stream, rows, T, C, x_batch, x_row, y_batch, y_row, gate_batch, GATED, WIDTH

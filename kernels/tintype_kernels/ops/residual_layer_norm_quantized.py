@@ -22,7 +22,7 @@ from tintype_kernels.ops.quantised_rows import (
     store_quantized,
 )
 from tintype_kernels.torch_op import TorchOp, empty, public
-from tintype_kernels.triton_support import jit, tl, too_wide
+from tintype_kernels.triton_support import await_earlier, entry, tl, too_wide
 
 
 def reference(
@@ -50,13 +50,14 @@ def _reference_forward(
     return empty(x).copy_(stream), as_bytes(rows.codes), rows.scales
 
 
-@jit
+@entry
 def _kernel(
     x, y, gate, shift, scale, stream, codes, scales, T, C: tl.constexpr, x_batch, x_row, y_batch, y_row, gate_batch,
     shift_batch, scale_batch, eps, unit, GATED: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of a sample: grid (tokens, samples)."""
+    await_earlier()
     rows, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
     parts = plain.joined(
         x, y, gate, stream, rows, T, C, x_batch, x_row, y_batch, y_row, gate_batch, GATED, WIDTH

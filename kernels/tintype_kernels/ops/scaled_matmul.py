@@ -24,16 +24,17 @@ from tintype_kernels.ops.quantised_rows import (
     from_bytes,
 )
 from tintype_kernels.torch_op import TorchOp, check, describe
-from tintype_kernels.triton_support import ceil_div, jit, tl, too_wide
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, tl, too_wide
 
 
-@jit
+@entry
 def _matmul_kernel(
     x, w, x_scales, w_scales, bias, residual, out, M, N, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """x w^T with the epilogue: grid (tiles,). WHOLE says that DEPTH divides K."""
+    await_earlier()
     down, across = tile_of(M, N, ROWS, COLUMNS, 8)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)

@@ -21,7 +21,7 @@ from tintype_kernels.torch_op import (
     wide,
     wide_type,
 )
-from tintype_kernels.triton_support import ceil_div, jit, tl, widen
+from tintype_kernels.triton_support import await_earlier, ceil_div, entry, jit, tl, widen
 
 SCALARS = 7  # coefficients before those of b
 BLOCK = 1024
@@ -103,12 +103,13 @@ def _normals(key, start, BLOCK: tl.constexpr):
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
-@jit
+@entry
 def _kernel(
     x, m, m_uncond, history, coefficients, noise, keys, out, h_out, COUNT, ROW,
     ORDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of a sample: grid (elements, samples). Samples' coefficients lie ROW apart, 0 where all share."""
+    await_earlier()
     start, n = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
     i = start + tl.arange(0, BLOCK)
     mask, sample = i < COUNT, n * COUNT
