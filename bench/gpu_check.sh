@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Checks and times everything on a GPU, part by part: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]
 #
-# Parts: kernels steps sd15 sdxl sd3 flux-dev flux-schnell batches memory report (all by default, in this order). A part
-# ends within LIMIT seconds (540); one that stopped before its end goes on where it was when the same line is run again,
+# Parts: kernels steps pictures sd15 sdxl sd3 flux-dev flux-schnell batches memory report (all by default, in this order).
+# A part ends within LIMIT seconds (540); one that stopped before its end goes on where it was when the same line is run again,
 # and one that is done is left alone. OPTIONS go to the part's command: of `tintype_bench.kernels` for kernels, of
-# `tintype_bench.steps` for steps, of `tintype_bench.memory_ladder` for memory, else of `tintype bench`.
+# `tintype_bench.steps` for steps and pictures, of `tintype_bench.memory_ladder` for memory, else of `tintype bench`.
 # Needs python with torch, triton, numpy, pillow, tokenizers, safetensors and transformers, and no installation:
 # everything runs from this checkout. Wheels in the folder WHEELS (diffusers, for the peers) are unpacked beside it.
 set -uo pipefail
 usage="usage: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]"
 out="${1:?$usage}"
 shift
-all=(kernels steps sd15 sdxl sd3 flux-dev flux-schnell batches memory report)
+all=(kernels steps pictures sd15 sdxl sd3 flux-dev flux-schnell batches memory report)
 parts=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do parts+=("$1"); shift; done
 [ $# -gt 0 ] && shift
@@ -89,6 +89,12 @@ steps() {
         --stage step decode --json "$out/steps.json" "$@" 2>&1 | tee -a "$out/steps.txt"
 }
 
+# Whole pictures of ours, of weights that are drawn where they are used: nothing is written or read.
+pictures() {
+    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev flux1-schnell --precision bf16 fp8 \
+        --stage picture --json "$out/pictures.json" "$@" 2>&1 | tee -a "$out/pictures.txt"
+}
+
 # What SD3 and FLUX take at each setting, beside the prediction.
 memory() {
     bounded tintype_bench.memory_ladder sd3-medium flux1-dev --json "$out/memory.json" "$@"
@@ -107,6 +113,7 @@ part() {
     batches) generators batches "for throughput" --in-turn "$@" ;;
     memory) memory "$@" ;;
     steps) steps "$@" ;;
+    pictures) pictures "$@" ;;
     report) cat "$out"/*.md >"$out/campaign.txt" 2>/dev/null && cat "$out/campaign.txt" ;;
     *)
         echo "part $name is unknown; choose among ${all[*]}; $usage" >&2

@@ -26,7 +26,7 @@ from tintype_bench.sources import Sources, default_folder
 PRECISIONS = ("fp16", "bf16", "int8", "fp8", "int4")
 BACKENDS = ("onnxruntime", "openvino")
 GPUS = ("sm_89", "sm_120")
-_SIDES = {"sd15": 512, "sdxl": 1024}
+_SIDES = {"sd15": 512, "sdxl": 1024, "sd3-medium": 1024}
 _GRAPHS = "engine_graphs.json"
 
 

@@ -45,7 +45,7 @@ def bars(rows: Sequence[Bar], name: str) -> str:
     parts = [
         _bar(row, _GAP + number * (_BAR + _GAP), _PLOT / most) for number, row in enumerate(rows)
     ]
-    return _svg(name, _LABELS + _PLOT + _VALUES, height, parts)
+    return svg(name, _LABELS + _PLOT + _VALUES, height, parts)
 
 
 def _bar(row: Bar, top: float, scale: float) -> str:
@@ -53,10 +53,10 @@ def _bar(row: Bar, top: float, scale: float) -> str:
     lower, upper = (_LABELS + value * scale for value in (row.lower, row.upper))
     kind = "ours" if row.ours else "peer"
     parts = [
-        _text(_LABELS - 10, middle + 4, row.label, "end", "own" if row.ours else ""),
+        text(_LABELS - 10, middle + 4, row.label, "end", "own" if row.ours else ""),
         f'<rect class="{kind}" x="{_LABELS}" y="{top}" width="{end - _LABELS:.1f}" height="{_BAR}" rx="3"/>',
         _path(lower, middle, upper, middle, "whisker"),
-        _text(max(end, upper) + 8, middle + 4, row.text, "start"),
+        text(max(end, upper) + 8, middle + 4, row.text, "start"),
     ]
     if row.floor > 0:
         x = _LABELS + row.floor * scale
@@ -90,19 +90,19 @@ class Axes:
         ]
         parts = [self._frame(across, up), *(line.draw() for line in placed), *_names(placed)]
         parts += [_mark(mark, across(mark.x), up(mark.y)) for mark in marks]
-        return _svg(self.name, _RIGHT + _NAMES, _BOTTOM + _BELOW, parts)
+        return svg(self.name, _RIGHT + _NAMES, _BOTTOM + _BELOW, parts)
 
     def _frame(self, across: _Scale, up: _Scale) -> str:
         parts = [
             _path(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "axis"),
             _path(_LEFT, _TOP, _LEFT, _BOTTOM, "axis"),
-            _text((_LEFT + _RIGHT) / 2, _BOTTOM + _BELOW - 8, self.x_name, "middle", "name"),
-            _text(_LEFT, _TOP - 6, self.y_name, "start", "name"),
+            text((_LEFT + _RIGHT) / 2, _BOTTOM + _BELOW - 8, self.x_name, "middle", "name"),
+            text(_LEFT, _TOP - 6, self.y_name, "start", "name"),
         ]
-        parts += [_text(across(v), _BOTTOM + 18, self.x_tick(v), "middle") for v in across.ticks()]
+        parts += [text(across(v), _BOTTOM + 18, self.x_tick(v), "middle") for v in across.ticks()]
         for value in up.ticks():
             parts.append(_path(_LEFT, up(value), _RIGHT, up(value), "grid"))
-            parts.append(_text(_LEFT - 8, up(value) + 4, self.y_tick(value), "end"))
+            parts.append(text(_LEFT - 8, up(value) + 4, self.y_tick(value), "end"))
         return "".join(parts)
 
 
@@ -150,7 +150,7 @@ def _names(lines: Sequence[_Line]) -> Iterator[str]:
     for line in sorted(lines, key=lambda line: line.points[-1][1]):
         x, y = line.points[-1]
         free = max(y + 4, free + _LETTER)
-        yield _text(x + 8, free, line.name, "start", line.kind)
+        yield text(x + 8, free, line.name, "start", line.kind)
 
 
 def _mark(mark: Mark, x: float, y: float) -> str:
@@ -159,15 +159,17 @@ def _mark(mark: Mark, x: float, y: float) -> str:
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">{title}</circle>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+def text(x: float, y: float, words: str, anchor: str, kind: str = "") -> str:
+    """A text at a place in pixels."""
     about = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{about}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{about}>{escape(words)}</text>'
 
 
 def _path(x: float, y: float, x_end: float, y_end: float, kind: str) -> str:
     return f'<path class="{kind}" d="M{x:.1f} {y:.1f}L{x_end:.1f} {y_end:.1f}"/>'
 
 
-def _svg(name: str, width: float, height: float, parts: Sequence[str]) -> str:
+def svg(name: str, width: float, height: float, parts: Sequence[str]) -> str:
+    """The picture of these parts, in pixels, with a name for whoever does not see it."""
     box = f"0 0 {width:.0f} {height:.0f}"
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'

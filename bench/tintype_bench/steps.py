@@ -2,9 +2,9 @@
 
 A shape's denoiser with the sampler's step around it, as pictures are made of: one picture, guided where the model
 guides, random weights that are never written; `--stage decode` times what is behind the last step. A row has the time
-of a call, of a walk of calls that nobody waits for between; what its kernels took by the GPU's own record, from Hopper
-on with what they wait for the ones before; and the kernels that took most. What texts and times tell is worked out once
-a picture and is in no step. `--execution` as for `tintype.load`.
+of a call, of a walk of calls that nobody waits for between; what its kernels took by the GPU's own record; and the
+kernels that took most. What texts and times tell is worked out once a picture and is in no step. `--execution` as for
+`tintype.load`.
 
 `--stage picture` times whole pictures instead, text to pixels, at the shape's first published setting.
 
@@ -50,7 +50,7 @@ Row = dict[str, Any]
 _STAGES = ("step", "decode", "picture")
 _PEER = {"stage": "denoise", "precision": "bf16"}
 _PEERS = {"eager": "diffusers", "compiled": "diffusers-compiled"}  # their executions in rows
-_KEPT = 25  # kernels of a row
+_KEPT = 40  # kernels of a row
 _NAME = 110  # characters of a kernel's
 
 
