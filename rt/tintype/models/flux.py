@@ -5,7 +5,7 @@ Black Forest Labs 2024; the layout is that of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,10 +22,8 @@ from tintype.models.joint import (
     JointAttention,
     Modulation,
     Stream,
-    modulations,
     output_norm,
     rotation_at,
-    told_by_times,
 )
 from tintype.models.layers import Time
 
@@ -137,28 +135,10 @@ class FluxTransformer(nn.Module):
     ) -> Tensor:
         """[n, c, h, w], [n] in 0..1000, [n, t, d], [n, p], [n] -> [n, c, h, w]; h and w are even."""
         text = self.context_embedder(encoder_hidden_states)
-        return self._denoised(sample, self.time_text_embed(timestep, pooled, guidance), text)
+        return self.denoised(sample, self.time_text_embed(timestep, pooled, guidance), text)
 
-    def remember(
-        self, encoder_hidden_states: Tensor, pooled: Tensor, guidance: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """What is the same at every step of a picture: text tokens, and what is added to each time."""
-        text = self.context_embedder(encoder_hidden_states)
-        return text, *self.time_text_embed.remember(pooled, guidance)
-
-    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
-        """What each of the times [s, n] tells each modulation of what was remembered: [s, n, c] for each."""
-        return told_by_times(self, self.time_text_embed.at(times, remembered[1:]))
-
-    def recall(
-        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], sample: Tensor
-    ) -> Tensor:
-        """`forward` of the sample with what was remembered and what its time tells, of `at` [n, c] for each."""
-        return self._denoised(
-            sample, dict(zip(modulations(self), told, strict=True)), remembered[0]
-        )
-
-    def _denoised(self, sample: Tensor, conditioning: Time, tokens: Tensor) -> Tensor:
+    def denoised(self, sample: Tensor, conditioning: Time, tokens: Tensor) -> Tensor:
+        """`forward` of the sample, what `time_text_embed` makes of the rest, and embedded text [n, t, width]."""
         height, width = sample.shape[-2:]
         image, text = Stream(self.x_embedder(packed(sample))), Stream(tokens)
         words = tokens.shape[1]

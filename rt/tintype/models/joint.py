@@ -89,11 +89,6 @@ class Modulation(nn.Module):
         return told[:, None].chunk(self.parts, dim=-1)
 
 
-def told_by_times(transformer: nn.Module, conditioning: Tensor) -> tuple[Tensor, ...]:
-    """What conditioning [.., width] tells each modulation of a transformer, in the order of `modulations`."""
-    return tuple(each.told(conditioning) for each in modulations(transformer))
-
-
 def modulations(transformer: nn.Module) -> list[Modulation]:
     """All that read the conditioning."""
     return [each for each in transformer.modules() if isinstance(each, Modulation)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,7 @@ from tintype.models.joint import (
     JointAttention,
     Modulation,
     Stream,
-    modulations,
     output_norm,
-    told_by_times,
 )
 from tintype.models.layers import Time, image_to_tokens, sinusoidal_embedding
 
@@ -149,26 +147,10 @@ class SD3Transformer(nn.Module):
     ) -> Tensor:
         """[n, c, h, w], [n] in 0..1000, [n, t, d], [n, p] -> [n, c, h, w]; h and w are multiples of the patch."""
         text = self.context_embedder(encoder_hidden_states)
-        return self._denoised(sample, self.time_text_embed(timestep, pooled), text)
+        return self.denoised(sample, self.time_text_embed(timestep, pooled), text)
 
-    def remember(self, encoder_hidden_states: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
-        """What is the same at every step of a picture: text tokens, and what is added to each time."""
-        text = self.context_embedder(encoder_hidden_states)
-        return text, *self.time_text_embed.remember(pooled)
-
-    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
-        """What each of the times [s, n] tells each modulation of what was remembered: [s, n, c] for each."""
-        return told_by_times(self, self.time_text_embed.at(times, remembered[1:]))
-
-    def recall(
-        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], sample: Tensor
-    ) -> Tensor:
-        """`forward` of the sample with what was remembered and what its time tells, of `at` [n, c] for each."""
-        return self._denoised(
-            sample, dict(zip(modulations(self), told, strict=True)), remembered[0]
-        )
-
-    def _denoised(self, sample: Tensor, conditioning: Time, tokens: Tensor) -> Tensor:
+    def denoised(self, sample: Tensor, conditioning: Time, tokens: Tensor) -> Tensor:
+        """`forward` of the sample, what `time_text_embed` makes of the rest, and embedded text [n, t, width]."""
         image, text = Stream(self.pos_embed(sample)), Stream(tokens)
         for block in self.transformer_blocks:
             image, text = block(image, text, conditioning)

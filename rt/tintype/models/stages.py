@@ -30,6 +30,7 @@ from tintype.models.autoencoder_kl import AutoencoderKL, decode_tiled, encode_ti
 from tintype.models.clip import CLIPTextEncoder
 from tintype.models.flux import FluxTransformer
 from tintype.models.fused import scheduler_step
+from tintype.models.joint import modulations
 from tintype.models.sd3 import SD3Transformer
 from tintype.models.t5 import T5Encoder
 from tintype.models.unet import UNet
@@ -191,14 +192,16 @@ class FlowDenoiseStage(Stage):
     def remember(
         self, encoder_hidden_states: Tensor, text_embeds: Tensor, *guidance: Tensor
     ) -> tuple[Tensor, ...]:
-        told = self._told(encoder_hidden_states, text_embeds)
-        return self.transformer.remember(*told, *guidance)
+        hidden, pooled = self._told(encoder_hidden_states, text_embeds)
+        added = self.transformer.time_text_embed.remember(pooled, *guidance)
+        return self.transformer.context_embedder(hidden), *added
 
     def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
         return timestep
 
     def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
-        return self.transformer.at(remembered, times)
+        conditioning = self.transformer.time_text_embed.at(times, remembered[1:])
+        return tuple(each.told(conditioning) for each in modulations(self.transformer))
 
     def recall(
         self,
@@ -207,7 +210,8 @@ class FlowDenoiseStage(Stage):
         sample: Tensor,
         timestep: Tensor,
     ) -> Tensor:
-        return self.transformer.recall(remembered, told, sample.to(self.dtype)).float()
+        conditioning = dict(zip(modulations(self.transformer), told, strict=True))
+        return self.transformer.denoised(sample.to(self.dtype), conditioning, remembered[0]).float()
 
     def _told(self, hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """In the weights' type; times and guidance stay float32 until they are frequencies."""
