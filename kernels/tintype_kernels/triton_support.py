@@ -32,14 +32,14 @@ if tl is None or importlib.import_module("triton.knobs").runtime.interpret:
 else:
     _JITFunction: Any = importlib.import_module("triton.runtime.jit").JITFunction
     _driver: Any = importlib.import_module("triton.runtime").driver
-    _gdc: Any = importlib.import_module("triton.language.extra.cuda.gdc")
 
     class entry(_JITFunction):  # type: ignore[no-redef, misc]  # noqa: N801
         """A kernel that is launched: where it may begin while earlier launches end, it awaits them first."""
 
         def run(self, *arguments: Any, **options: Any) -> Any:
-            early = _begins_early(_driver.active.get_current_device())
-            return super().run(*arguments, launch_pdl=early, **options)
+            if _begins_early(_driver.active.get_current_device()):
+                options["launch_pdl"] = True
+            return super().run(*arguments, **options)
 
     @tl.core.builtin
     def await_earlier(_semantic=None):  # noqa: ANN001, ANN201
@@ -47,9 +47,10 @@ else:
 
         An entry does so before it reads or writes. Where launches begin one behind the other it is nothing.
         """
-        if _semantic.builder.options.launch_pdl:
-            _gdc.gdc_launch_dependents(_semantic=_semantic)
-            _gdc.gdc_wait(_semantic=_semantic)
+        if getattr(_semantic.builder.options, "launch_pdl", False):
+            dependent = importlib.import_module("triton.language.extra.cuda.gdc")
+            dependent.gdc_launch_dependents(_semantic=_semantic)
+            dependent.gdc_wait(_semantic=_semantic)
 
     @cache
     def _begins_early(_: int) -> bool:
