@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 
-from kernel_checks import norm_error, normal
+from kernel_checks import forced, norm_error, normal
 from tintype_kernels import (
     bias_residual,
     gate_residual,
@@ -60,6 +60,22 @@ def test_qk_norm_rope_is_fluxs():
         rotated = apply_rotary_emb(norm(x), tuple(tables), use_real_unbind_dim=-1)
         # diffusers rotates in float32
         assert norm_error(actual, rotated) < KERNEL_NORM["float32"]
+
+
+@pytest.mark.parametrize("form", ["reference", "triton"])
+def test_what_qk_norm_rope_gives_of_parts_of_one_product_has_tokens_outside_heads(form):
+    q, k, _ = (
+        part.unflatten(-1, (3, 8)).transpose(1, 2)
+        for part in normal(2, 5, 3 * 24).float().chunk(3, dim=-1)
+    )
+    angle = normal(5, 8).float()
+    given = (None, None, angle.cos(), angle.sin())
+    with forced(form):
+        found = qk_norm_rope(q, k, *given)
+        dense = qk_norm_rope(q.contiguous(), k.contiguous(), *given)
+    for part, right in zip(found, dense, strict=True):
+        assert part.transpose(1, 2).is_contiguous()
+        assert torch.equal(part, right)
 
 
 X4, X3, V = torch.zeros(2, 6, 4, 4), torch.zeros(2, 3, 6), torch.zeros(6)

@@ -17,7 +17,6 @@ from tintype_kernels.torch_op import (
     TorchOp,
     check,
     check_floating,
-    empty,
     public,
     unit_stride,
     wide,
@@ -257,9 +256,11 @@ def _triton_backward(
 
 
 def _empty(x: Tensor) -> Tensor:
-    """Like x, tokens outside heads where they are that in x; the elements of a head always lie side by side."""
-    out = torch.empty_like(x)
-    return out if out.stride(-1) == 1 else empty(x)
+    """Of x's shape and dense, tokens outside heads where they are that in x."""
+    b, heads, tokens, dim = x.shape
+    if x.stride(2) < x.stride(1):
+        return x.new_empty(x.shape)
+    return x.new_empty(b, tokens, heads, dim).transpose(1, 2)
 
 
 def _contiguous(weight: Tensor | None) -> Tensor | None:

@@ -21,6 +21,7 @@ from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.weights import stored_type
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
+from tintype.models.joint import JointAttention
 from tintype.models.stages import (
     STEPS,
     DecodeStage,
@@ -285,6 +286,8 @@ class TorchBackend:
             for module in component.modules():
                 if isinstance(module, TransformerBlock):
                     module.attn1.stack()
+                if isinstance(module, JointAttention):
+                    module.stack()
         return component
 
     def _waiting_type(self, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -23,6 +23,7 @@ from tintype.models.fused import (
     join_tokens,
     layer_norm_modulate,
     linear_gelu_tanh,
+    linears,
     qk_norm_rope,
 )
 from tintype.models.layers import (
@@ -32,6 +33,7 @@ from tintype.models.layers import (
     sinusoidal_embedding,
     split_heads,
 )
+from tintype.models.stacked import stack
 
 if TYPE_CHECKING:
     from tintype_kernels import QuantizedRows
@@ -185,6 +187,8 @@ class JointAttention(nn.Module):
             self.to_out = nn.ModuleList([nn.Linear(width, width)])
         if text_output:
             self.to_add_out = nn.Linear(width, width)
+        # Hidden from what looks for modules: of image and of text what multiplies queries, keys and values at once.
+        self._stacked: tuple[nn.Module | None, nn.Module | None] = (None, None)
 
     @property
     def readers(self) -> Readers:
@@ -196,6 +200,10 @@ class JointAttention(nn.Module):
         """The layers that text tokens go to."""
         return [self.add_q_proj, self.add_k_proj, self.add_v_proj]
 
+    def stack(self) -> None:
+        """Lay queries', keys' and values' weights one behind the other, for inference to multiply at once."""
+        self._stacked = stack(self.readers), stack(self.text_readers) if self.text_output else None
+
     def forward(
         self,
         image: Tensor | QuantizedRows,
@@ -203,12 +211,12 @@ class JointAttention(nn.Module):
         rotation: Rotation | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         text_tokens = 0 if text is None else text.shape[1]
-        q, k, v = self._heads(image, "to_{}", "norm_{}", _part(rotation, text_tokens, None))
+        own, texts = _part(rotation, text_tokens, None), _part(rotation, 0, text_tokens)
+        q, k, v = self._heads(image, self.readers, self._stacked[0], "norm_{}", own)
         if text is not None:
-            own = _part(rotation, 0, text_tokens)
-            asked, told, meant = self._heads(
-                text, "add_{}_proj", "norm_added_{}", own, asks=self.text_output
-            )
+            # Text that ends with this block does not ask: nobody would read what it heard.
+            layers = self.text_readers[not self.text_output :]
+            asked, told, meant = self._heads(text, layers, self._stacked[1], "norm_added_{}", texts)
             k, v = join_tokens(told, k), join_tokens(meant, v)
             q = q if asked is None else join_tokens(asked, q)
         out = merge_heads(attention(q, k, v))
@@ -222,22 +230,15 @@ class JointAttention(nn.Module):
     def _heads(
         self,
         x: Tensor | QuantizedRows,
-        projection: str,
+        layers: Readers,
+        stacked: nn.Module | None,
         norm: str,
         rotation: Rotation | None,
-        *,
-        asks: bool = True,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries, keys and values [n, heads, tokens, dim], the first two normalised and rotated where the model does.
-
-        Text that ends with this block does not ask: nobody would read what it heard.
-        """
-        q, k, v = (
-            split_heads(getattr(self, projection.format(name))(x), self.heads)
-            if asks or name != "q"
-            else None
-            for name in "qkv"
-        )
+        """Queries, where there is a layer for them, keys and values [n, heads, tokens, dim], the first two normalised
+        and rotated where the model does."""
+        *asked, k, v = (split_heads(part, self.heads) for part in linears(layers, x, stacked))
+        q = asked[0] if asked else None
         if not hasattr(self, "norm_q"):
             return q, k, v
         norms = [getattr(self, norm.format(name)) for name in "qk"]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tintype.models import fused
+from tintype.models.joint import JointAttention
 from tintype.models.quantised import Scheme, nearest, quantised_layer
 from tintype.models.stacked import is_stack_of, stack
 from tintype.models.unet import Attention
@@ -98,3 +99,40 @@ def test_the_stack_is_no_part_of_the_model(attention) -> None:
     assert {name.partition(".")[0] for name in attention.state_dict()} == {
         "to_q", "to_k", "to_v", "to_out"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    ("text", "text_output", "asked"),
+    [(True, True, [1, 1, 0, 0]), (True, False, [1, 0, 0, 1]), (False, False, [1, 0, 0, 0])],
+    ids=["joint", "a last block", "image alone"],
+)
+@torch.inference_mode()
+def test_joint_attention_asks_a_stack_of_image_and_one_of_text_that_asks(
+    text, text_output, asked, qk_norm, monkeypatch
+) -> None:
+    torch.manual_seed(0)
+    module = JointAttention(16, 2, qk_norm=qk_norm, text=text, text_output=text_output)
+    given = torch.randn(2, 6, 16), torch.randn(2, 3, 16) if text else None
+    # FLUX rotates, and its texts always ask; SD3.5 norms without.
+    rotation = None
+    if qk_norm and text_output:
+        rotation = tuple(torch.randn(2, 9, 8))
+    expected = module(*given, rotation)
+    monkeypatch.setattr(fused, "_serves", lambda x, op="": True)
+    monkeypatch.setattr(fused, "attention", nn.functional.scaled_dot_product_attention)
+    monkeypatch.setattr(
+        "tintype.models.joint.attention", nn.functional.scaled_dot_product_attention
+    )
+    module.stack()
+    layers = [*module._stacked, module.to_q, getattr(module, "add_v_proj", None)]
+    seen = []
+    for layer in layers:
+        if layer is not None:
+            layer.forward = lambda x, layer=layer: (
+                seen.append(layer) or type(layer).forward(layer, x)
+            )
+    for found, right in zip(module(*given, rotation), expected, strict=True):
+        assert (found is None) == (right is None)
+        assert found is None or relative_error(found, right) < 1e-5
+    assert [0 if layer is None else seen.count(layer) for layer in layers] == asked
