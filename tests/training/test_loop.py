@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tintype.errors import TintypeError
 from tintype.training.loop import FitConfig, fit, generator
 from tintype.training.muon import orthogonalise
 
@@ -59,6 +60,31 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path):
 
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "wider"])
+def test_a_state_that_is_damaged_or_another_models_is_named(tmp_path, damage):
+    model = _model()
+    fit(model, _loss(model), CONFIG, tmp_path)
+    path = tmp_path / "state.pt"
+    if damage == "other":
+        torch.save({"step": 1}, path)
+    elif damage != "wider":
+        path.write_bytes(path.read_bytes()[: 1000 * (damage == "cut")])
+    again = nn.Sequential(nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 3))
+    again = again if damage == "wider" else _model()
+    with pytest.raises(TintypeError, match="state.pt is damaged, or the state of another training"):
+        fit(again, _loss(again), CONFIG, tmp_path)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    model = _model()
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the other holds it
+        with pytest.raises(TintypeError, match="another training writes to"):
+            fit(model, _loss(model), CONFIG, tmp_path)
+    fit(model, _loss(model), CONFIG, tmp_path)
 
 
 def test_the_log_has_a_row_a_step_and_the_loss_falls(tmp_path):

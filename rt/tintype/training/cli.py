@@ -40,6 +40,19 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RequestError(f"--device {name} is not for training; use cpu, cuda or cuda:N")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        seen = f"{found} CUDA device(s)" if found else "no CUDA device"
+        raise RequestError(f"--device {name}: torch sees {seen}; use --device cpu")
+
+
 def run(options: argparse.Namespace) -> None:
     """Train; an interrupted run goes on where its last state was saved."""
     from tintype.loading import resolve
@@ -51,10 +64,7 @@ def run(options: argparse.Namespace) -> None:
         raise RequestError(
             f"--recipe {options.recipe} is unknown; choose one of {', '.join(RECIPES)}"
         )
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise RequestError(
-            f"--device {options.device}: torch sees no CUDA device; use --device cpu"
-        )
+    _check_device(options.device)
     if options.start and options.stage not in _STARTING:
         raise RequestError(f"--start goes with {' and '.join(_STARTING)}, not {options.stage}")
     recipe = RECIPES[options.recipe].on(options.device)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tintype.errors import TintypeError
+
 from .muon import Muon
 
+# What reading a state meets that is cut off, or that other models and settings left there.
+_UNLIKE = (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError)
 # The loss of a step, made from the step's number alone: a resumed run sees the batches that it would have seen.
 BatchLoss = Callable[[int], dict[str, Tensor]]
 
@@ -71,25 +77,43 @@ def fit(model: nn.Module, batch_loss: BatchLoss, config: FitConfig, folder: Path
     ``folder/log.jsonl``. ``folder/state.pt`` holds everything needed to go on after an interruption.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(config.device).train()
-    run = _Run(model, _optimisers(model, config), [p.detach().clone() for p in _trained(model)])
-    run.resume(folder / "state.pt")
-    while run.step < config.steps:
-        started = time.perf_counter()
-        losses = batch_loss(run.step)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(_trained(model), config.clip_norm)
-        run.update(config)
-        run.seconds += time.perf_counter() - started
-        last = run.step == config.steps
-        if last or run.step % config.log_every == 0:
-            _log(folder, run.step, run.seconds, norm, losses)
-        if last or run.step % config.checkpoint_every == 0:
-            run.save(folder / "state.pt", config)
+    with _alone(folder):
+        model.to(config.device).train()
+        run = _Run(model, _optimisers(model, config), [p.detach().clone() for p in _trained(model)])
+        run.resume(folder / "state.pt")
+        while run.step < config.steps:
+            started = time.perf_counter()
+            losses = batch_loss(run.step)
+            losses["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(_trained(model), config.clip_norm)
+            run.update(config)
+            run.seconds += time.perf_counter() - started
+            last = run.step == config.steps
+            if last or run.step % config.log_every == 0:
+                _log(folder, run.step, run.seconds, norm, losses)
+            if last or run.step % config.checkpoint_every == 0:
+                run.save(folder / "state.pt", config)
     with torch.no_grad():
         for p, mean in zip(_trained(model), run.average, strict=True):
             p.copy_(mean)
     return model.eval()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second training that would write the same state and log."""
+    with (folder / "lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no such locks
+            pass
+        except BlockingIOError as error:
+            raise TintypeError(
+                f"another training writes to {folder}; wait for it, or name another folder with --out"
+            ) from error
+        yield
 
 
 @dataclass
@@ -132,7 +156,15 @@ class _Run:
         """Take up what ``save`` wrote, where it did."""
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            self._take_up(torch.load(path, weights_only=True, map_location="cpu"))
+        except _UNLIKE as error:
+            raise TintypeError(
+                f"{path} is damaged, or the state of another training; remove it to begin anew, or name another "
+                "folder with --out"
+            ) from error
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tintype.checkpoints import open_checkpoint
 from tintype.errors import TintypeError
-from tintype.loading import BOX, load
+from tintype.loading import BOX, is_checkpoint, load
 from tintype.models.autoencoder_kl import AutoencoderKL
 from tintype.tokenizer import ClipTokenizer
 
@@ -37,7 +37,7 @@ from .dataset import render_many
 from .denoiser import new_denoiser, train_denoiser
 from .evaluate import prompt_accuracy, prompts
 from .flow import flow_config, new_transformer, shortened, train_flow
-from .judge import accuracy, load_judge, save_judge, train_judge
+from .judge import Judge, accuracy, load_judge, save_judge, train_judge
 from .recipe import Recipe
 from .store import PostcardStore, open_store, write_store
 
@@ -76,10 +76,27 @@ class Workshop:
             raise TintypeError(
                 f"{self.data} holds no pictures; run: tintype train data --data {self.data}"
             )
-        return open_store(self.data)
+        store = open_store(self.data)
+        if len(store.scenes) < self.recipe.encoded:
+            raise TintypeError(
+                f"{self.data} holds {len(store.scenes)} pictures, and recipe {self.recipe_name} takes "
+                f"{self.recipe.encoded}; run: tintype train data --data {self.data} --recipe {self.recipe_name}"
+            )
+        return store
+
+    def judge(self) -> Judge:
+        """The trained reader of attributes."""
+        folder = self.model / "judge"
+        if not folder.is_dir():
+            raise TintypeError(f"{self.model} has no judge yet; run: tintype train judge")
+        return load_judge(folder)
 
     def component(self, name: str) -> torch.nn.Module:
         """A trained part, float32, on the host."""
+        if not is_checkpoint(self.model):
+            raise TintypeError(
+                f"{self.model} is no checkpoint yet; run the stages before: tintype train clip"
+            )
         return open_checkpoint(self.model).component(name, torch.float32, torch.device("cpu"))
 
     def record(self, name: str, figures: Any) -> None:
@@ -121,7 +138,7 @@ def judge(shop: Workshop) -> None:
 
 def clip(shop: Workshop) -> None:
     """Tokenizer, then the text encoder, which learns to say what the judge sees."""
-    store, reader = shop.store(), load_judge(shop.model / "judge")
+    store, reader = shop.store(), shop.judge()
     tokenizer, vocabulary = make_tokenizer(shop.model / "tokenizer")
     seen = judged_features(reader, store)
     pair = train_clip(
@@ -141,9 +158,10 @@ def clip(shop: Workshop) -> None:
 
 def autoencoder(shop: Workshop) -> None:
     """Encoder and decoder; what the judge still reads after a round trip bounds what a generator can reach."""
-    vae = train_autoencoder(shop.store(), shop.recipe.autoencoder, shop.work("autoencoder")).cpu()
+    store, reader = shop.store(), shop.judge()
+    vae = train_autoencoder(store, shop.recipe.autoencoder, shop.work("autoencoder")).cpu()
     assemble.save_autoencoder(vae, shop.model / "vae")
-    fresh, reader = _fresh(500), load_judge(shop.model / "judge")
+    fresh = _fresh(500)
 
     def decoded(rows: slice) -> Tensor:
         return vae.decode(vae.encode(pictures(fresh, rows))[0]).clamp(-1, 1)
@@ -164,9 +182,10 @@ def denoiser(shop: Workshop) -> None:
     """The UNet, on the latents of the pictures; begun anew, or where a finished checkpoint stands."""
     store, recipe = shop.store(), shop.recipe
     if shop.start is not None and not shop.model.exists():
-        shutil.copytree(
-            shop.start, shop.model, ignore=shutil.ignore_patterns("*.onnx", "bundle.json")
-        )
+        partial = shop.out / "model.partial"  # of a run that was interrupted as it copied
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(shop.start, partial, ignore=shutil.ignore_patterns("*.onnx", "bundle.json"))
+        partial.rename(shop.model)
     vae: Any = shop.component("vae")
     latents = encode_all(vae.to(recipe.denoiser.device), store, recipe.encoded)
     text_encoder: Any = shop.component("text_encoder")
@@ -211,7 +230,7 @@ def flow(shop: Workshop) -> None:
 
 def measure(shop: Workshop) -> None:
     """Prompt accuracy of the finished model on seen and on held-out combinations."""
-    reader, pipeline = load_judge(shop.model / "judge"), load(shop.model)
+    reader, pipeline = shop.judge(), load(shop.model)
     asked = {
         name: prompts(_PROMPTS, _PROMPT_SEED, held_out=name == "held_out")
         for name in ("seen", "held_out")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tintype.errors import TintypeError
+
 from .dataset import render_scenes, sample_scenes
 from .scene import Scene
 
@@ -27,6 +29,7 @@ def write_store(
 ) -> None:
     """Draw ``count`` scenes into ``folder``: pictures.npy and data.json."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data.json").unlink(missing_ok=True)  # it says that the pictures are whole
     scenes = sample_scenes(count, seed, held_out=held_out)
     pictures = np.lib.format.open_memmap(
         folder / "pictures.npy", "w+", np.uint8, (count, size, size, 3)
@@ -40,8 +43,14 @@ def write_store(
 
 def open_store(folder: Path) -> PostcardStore:
     """The data set written by ``write_store``."""
-    recipe = json.loads((folder / "data.json").read_text())
-    pictures = np.load(folder / "pictures.npy", mmap_mode="r")
-    return PostcardStore(
-        pictures, sample_scenes(recipe["count"], recipe["seed"], held_out=recipe["held_out"])
-    )
+    try:
+        recipe = json.loads((folder / "data.json").read_text())
+        pictures = np.load(folder / "pictures.npy", mmap_mode="r")
+        if len(pictures) != recipe["count"]:
+            raise ValueError(f"{len(pictures)} pictures, expected {recipe['count']}")
+        scenes = sample_scenes(recipe["count"], recipe["seed"], held_out=recipe["held_out"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TintypeError(
+            f"{folder} holds no whole data set ({error}); run: tintype train data --data {folder}"
+        ) from error
+    return PostcardStore(pictures, scenes)
