@@ -235,7 +235,21 @@ def checkpoint_tokenizers(checkpoint: Checkpoint) -> list[TextTokenizer]:
 
     folders = checkpoint.tokenizer_folders
     stages = stage_names(checkpoint.components)
-    return open_tokenizers(checkpoint.family, stages, folders, checkpoint.defaults)
+    tokenizers = open_tokenizers(checkpoint.family, stages, folders, checkpoint.defaults)
+    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
+    for name, tokenizer in zip(encoders, tokenizers, strict=True):
+        places = checkpoint.configs[name].get("max_position_embeddings")
+        if isinstance(tokenizer, ClipTokenizer) and isinstance(places, int):
+            _check_places(name, places, tokenizer.length)
+    return tokenizers
+
+
+def _check_places(encoder: str, places: int, length: int) -> None:
+    if places < length:
+        raise CheckpointError(
+            f"{encoder} has places for {places} tokens, and its tokenizer gives {length}; "
+            "the tokenizer folder belongs to another model, or its model_max_length is wrong"
+        )
 
 
 def open_tokenizers(

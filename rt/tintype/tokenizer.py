@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tintype.checkpoints.files import read_json
 from tintype.errors import CheckpointError
 from tintype.prompts import Fragments
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 CONTEXT = 77  # tokens that CLIP's text encoders were trained on, both ends included
+_LEAST = 3  # one of them the prompt's
 _SPECIAL = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|endoftext|>",
@@ -52,7 +53,7 @@ class ClipTokenizer:
         self._bos, self._eos, self._pad = (
             self._id(folder, special[name]) for name in ("bos_token", "eos_token", "pad_token")
         )
-        self.length = min(int(settings.get("model_max_length", CONTEXT)), CONTEXT)
+        self.length = _length(folder, settings.get("model_max_length"))
 
     def __call__(self, prompt: str) -> NDArray[np.int64]:
         """Ids int64 [1, length]: begin, the prompt's tokens, end, padding.
@@ -94,11 +95,21 @@ class ClipTokenizer:
         )
 
     def _id(self, folder: Path, token: Any) -> int:
-        content = token["content"] if isinstance(token, dict) else str(token)
-        number = self._tokenizer.token_to_id(content)
+        content = token.get("content") if isinstance(token, dict) else token
+        number = self._tokenizer.token_to_id(content) if isinstance(content, str) else None
         if number is None:
             raise CheckpointError(f"{folder}: special token {content!r} is not in the vocabulary")
         return int(number)
+
+
+def _length(folder: Path, most: Any) -> int:
+    """How many tokens the model reads; what is published for an encoder that says nothing is astronomical."""
+    length = CONTEXT if most is None else most
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= _LEAST:
+        raise CheckpointError(
+            f"{folder}: model_max_length={most!r} is not a number of at least {_LEAST}; a CLIP reads {CONTEXT} tokens"
+        )
+    return int(min(length, CONTEXT))
 
 
 def well_formed(text: str) -> str:
@@ -112,10 +123,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         if path.is_file():
-            try:
-                merged.update(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise CheckpointError(f"{path}: not JSON: {error}") from error
+            merged.update(read_json(path))
     return merged
 
 

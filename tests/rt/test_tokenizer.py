@@ -104,5 +104,28 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="unreadable tokenizer"):
         ClipTokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        ClipTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 2, -1, True, "long", [77], float("nan")])
+def test_a_length_that_holds_no_prompt_is_named(tmp_path, length):
+    write_folder(tmp_path, EOS, "text")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": length}))
+    with pytest.raises(CheckpointError, match="model_max_length=.* is not a number of at least 3"):
+        ClipTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("length", "read"), [(None, 77), (1e30, 77), (10**30, 77), (20, 20)])
+def test_a_length_that_is_left_open_is_clips(tmp_path, length, read):
+    write_folder(tmp_path, EOS, "text")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": length}))
+    assert ClipTokenizer(tmp_path)("a").shape == (1, read)
+
+
+@pytest.mark.parametrize("token", [7, ["x"], {"content": None}, {"content": 5}])
+def test_a_special_token_that_is_no_text_is_named(tmp_path, token):
+    write_folder(tmp_path, EOS, "text")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(CheckpointError, match="special token|unreadable tokenizer"):
         ClipTokenizer(tmp_path)

@@ -16,6 +16,7 @@ from tintype.models.clip import (
     CLIPTextEncoder,
     CLIPVisionConfig,
 )
+from tintype.models.config import per_level, require_dividing
 from tintype.models.flux import FluxConfig, FluxTransformer
 from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.t5 import T5Config, T5Encoder
@@ -30,8 +31,16 @@ def _vision(name: str, config: Mapping[str, Any]) -> nn.Module:
     return CLIPImageEncoder(CLIPVisionConfig.from_json(config, name))
 
 
-def _unet(_: str, config: Mapping[str, Any]) -> nn.Module:
-    return UNet(UNetConfig.from_json(config))
+def _unet(name: str, config: Mapping[str, Any]) -> nn.Module:
+    parsed = UNetConfig.from_json(config)
+    widths = parsed.block_out_channels
+    heads = per_level(parsed.attention_head_dim, len(widths))
+    for width, shares, kind in zip(widths, heads, parsed.down_block_types, strict=True):
+        if kind.startswith("CrossAttn"):
+            require_dividing(shares, width, name)
+    if widths:  # between the ways down and up
+        require_dividing(heads[-1], widths[-1], name)
+    return UNet(parsed)
 
 
 def _t5(name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -43,7 +52,13 @@ def _sd3(_: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _flux(_: str, config: Mapping[str, Any]) -> nn.Module:
-    return FluxTransformer(FluxConfig.from_json(config))
+    parsed = FluxConfig.from_json(config)
+    if sum(parsed.axes_dims_rope) != parsed.attention_head_dim:
+        raise ValueError(
+            f"axes_dims_rope={list(parsed.axes_dims_rope)} does not add up to attention_head_dim="
+            f"{parsed.attention_head_dim}"
+        )
+    return FluxTransformer(parsed)
 
 
 def _vae(_: str, config: Mapping[str, Any]) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,28 @@ class Checkpoint:
         return module.eval()
 
 
+def number_in(
+    config: Mapping[str, Any], component: str, field: str, default: int | None = None
+) -> int:
+    """A field of a component's configuration that must be a whole number of at least 1."""
+    value = config.get(field, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"{component}/config.json: {field}={value!r} is not a whole number of at least 1"
+        )
+    return value
+
+
+def _latent_factor(vae: Mapping[str, Any]) -> int:
+    """Pixels a latent, along each axis."""
+    widths = vae.get("block_out_channels", (0,) * 4)
+    if not isinstance(widths, list | tuple) or not widths:
+        raise CheckpointError(
+            f"vae/config.json: block_out_channels={widths!r} is not a list of one number a level"
+        )
+    return int(2 ** (len(widths) - 1))
+
+
 def encoder_stage(component: str) -> str:
     """The stage that a text encoder is: text_encoder_2 is encode_2."""
     return component.replace("text_encoder", "encode")
@@ -128,9 +151,8 @@ def default_settings(
     unet: Mapping[str, Any], vae: Mapping[str, Any], *, force_zeros: bool
 ) -> dict[str, Any]:
     """The settings of a request that leaves them open, as published for the model."""
-    factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
-    side = unet.get("sample_size") or 64
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    factor = _latent_factor(vae)
+    height, width = _sides(unet)
     kind = "sdxl" if unet.get("addition_embed_type") == "text_time" else "sd"
     return {
         "height": height * factor,
@@ -138,10 +160,18 @@ def default_settings(
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE[kind],
         "force_zeros_for_empty_prompt": force_zeros,
-        "latent_channels": vae.get("latent_channels", 4),
+        "latent_channels": number_in(vae, "vae", "latent_channels", 4),
         "latent_factor": factor,
-        "denoiser_channels": unet.get("in_channels", 4),
+        "denoiser_channels": number_in(unet, "unet", "in_channels", 4),
     }
+
+
+def _sides(unet: Mapping[str, Any]) -> tuple[int, int]:
+    """The latents' height and width that a UNet was trained on; many published ones leave them open."""
+    side = unet.get("sample_size") or 64
+    sides = side if isinstance(side, list | tuple) and len(side) == 2 else (side, side)
+    height, width = (number_in({"sample_size": each}, "unet", "sample_size") for each in sides)
+    return height, width
 
 
 # Steps and guidance that the models' authors publish pictures with; tokens that T5 reads.
@@ -157,21 +187,22 @@ def flow_settings(
     family: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings of a request to a flow transformer that leaves them open, as published for the model."""
-    factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+    own = partial(number_in, transformer, "transformer")
+    factor = _latent_factor(vae)
     patch = 2  # SD3's patches and FLUX's packed squares alike
-    channels = transformer["in_channels"] // (1 if family == "sd3" else patch**2)
+    channels = own("in_channels") // (1 if family == "sd3" else patch**2)
     embeds = bool(transformer.get("guidance_embeds", False))
     kind = "flux-schnell" if family == "flux" and not embeds else family
-    side = transformer.get("sample_size", 128) * factor
+    side = own("sample_size", 128) * factor
     return {
         "height": side,
         "width": side,
         **_FLOWS[kind],
-        "latent_channels": vae.get("latent_channels", 16),
+        "latent_channels": number_in(vae, "vae", "latent_channels", 16),
         "latent_factor": factor,
         "denoiser_channels": channels,
         "size_multiple": factor * patch,
-        "text_width": transformer["joint_attention_dim"],
-        "pooled_width": transformer["pooled_projection_dim"],
+        "text_width": own("joint_attention_dim"),
+        "pooled_width": own("pooled_projection_dim"),
         "guidance_embeds": embeds,
     }

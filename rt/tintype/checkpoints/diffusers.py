@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     if not encoders:
         raise CheckpointError(f"{folder / INDEX} names no text encoder; add text_encoder")
     if layout.family == "latent_unet":
-        _check_widths(folder, components, encoders)
+        components["vae"] = _unshifted(components["vae"])
+    check_widths(folder, components)
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Checkpoint(
         family=layout.family,
@@ -122,27 +123,56 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     )
 
 
-def _check_widths(
-    folder: Path, components: Mapping[str, Component], encoders: Sequence[str]
-) -> None:
+def _unshifted(vae: Component) -> Component:
+    """The published pipelines of UNets scale latents and shift none, whatever a VAE says."""
+    return replace(vae, config={**vae.config, "shift_factor": None})
+
+
+def check_widths(source: Path, components: Mapping[str, Component]) -> None:
     """Refuse components that do not fit one another, as far as their configurations say."""
-    unet = components["unet"].config
-    texts = [components[name].config for name in encoders]
-    sizes = 6 * (unet.get("addition_time_embed_dim") or 0)  # of the picture, its crop and its aim
-    pairs = {
-        "cross_attention_dim": (sum(text.get("hidden_size", 0) for text in texts), "text encoders"),
-        "out_channels": (components["vae"].config.get("latent_channels"), "VAE"),
-        "projection_class_embeddings_input_dim": (
-            sizes and sizes + texts[-1].get("projection_dim", 0),
-            "last text encoder and the sizes",
-        ),
-    }
-    for field, (given, giver) in pairs.items():
-        asked = unet.get(field)
+    denoiser, widths = _widths({name: part.config for name, part in components.items()})
+    for field, (given, giver) in widths.items():
+        asked = components[denoiser].config.get(field)
         if isinstance(asked, int) and given and asked != given:
             raise CheckpointError(
-                f"{folder}: the unet's {field} is {asked}, and the {giver} give {given}; the parts are of other models"
+                f"{source}: the {denoiser}'s {field} is {asked}, and the {giver} give {given}; the parts are of other "
+                "models"
             )
+
+
+def _widths(
+    configs: Mapping[str, Mapping[str, Any]],
+) -> tuple[str, dict[str, tuple[int | None, str]]]:
+    """The denoiser's name, and of its fields what the other components have there, None where they do not say."""
+    encoders = [config for name, config in configs.items() if name.startswith("text_encoder")]
+    t5 = [config for config in encoders if "d_model" in config]
+    clips = [config for config in encoders if "d_model" not in config]
+    if "unet" in configs:
+        unet, last = configs["unet"], _total(encoders[-1:], "projection_dim")
+        sizes = 6 * (unet.get("addition_time_embed_dim") or 0)  # of picture, crop and aim
+        return "unet", {
+            "cross_attention_dim": (_total(encoders, "hidden_size"), "text encoders"),
+            "out_channels": (_total([configs["vae"]], "latent_channels"), "VAE"),
+            "projection_class_embeddings_input_dim": (
+                sizes + last if sizes and last else None,
+                "last text encoder and the sizes",
+            ),
+        }
+    # FLUX reads what its one CLIP pooled, SD3 the projections of both; one that is left out says nothing.
+    alone = "num_single_layers" in configs["transformer"]
+    whole = len(clips) == (1 if alone else 2)
+    pooled = _total(clips, "hidden_size" if alone else "projection_dim")
+    return "transformer", {
+        "joint_attention_dim": (_total(t5, "d_model") if t5 else None, "words of T5"),
+        "pooled_projection_dim": (pooled if whole else None, "CLIPs' pooled texts"),
+    }
+
+
+def _total(configs: Sequence[Mapping[str, Any]], field: str) -> int | None:
+    """The sum of a field, where all have it as a number."""
+    values = [config.get(field) for config in configs]
+    numbers = [value for value in values if isinstance(value, int)]
+    return sum(numbers) if len(numbers) == len(values) else None
 
 
 def _layout(folder: Path, pipeline: str | None) -> _Layout:

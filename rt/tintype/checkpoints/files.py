@@ -15,6 +15,7 @@ PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 _MOST_HEADER_BYTES = 100_000_000  # what the format itself allows
 _SCALE = "scale_weight"  # beside "weight", in files of scaled float8
 _LAYOUT = 8  # the header's length, a little-endian u64, comes first
+_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in a file's place
 
 
 class Target(NamedTuple):
@@ -134,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; download the checkpoint again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
@@ -170,13 +171,17 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(_LAYOUT)
+            if start == _POINTER[:_LAYOUT]:
+                raise _unreadable(
+                    path, "it is git-lfs's pointer to one, which git lfs pull fetches"
+                )
             length = struct.unpack("<Q", start)[0] if len(start) == _LAYOUT else size
             if length > min(size - _LAYOUT, _MOST_HEADER_BYTES):
                 raise _unreadable(path, "its header is cut off")
             header = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; download the checkpoint again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     if not isinstance(header, dict):
         raise _unreadable(path, "its header is malformed")

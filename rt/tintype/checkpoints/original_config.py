@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from tintype.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -17,6 +20,22 @@ Config = dict[str, Any]
 _HEAD_CHANNELS = 64
 _SD1_HEADS = 8
 _TIME_IDS = 6  # SDXL's sizes and crop
+
+
+# What reading a configuration off a file meets whose tensors are not those that their names promise.
+UNLIKE = (KeyError, IndexError, ValueError, ZeroDivisionError)
+
+
+def unlike(path: Path, family: str, error: Exception) -> CheckpointError:
+    """What is said of such a file."""
+    why = (
+        error
+        if isinstance(error, KeyError)
+        else "a tensor has not the shape that its name promises"
+    )
+    return CheckpointError(
+        f"{path} looks like {family} in the original layout but is incomplete: {why}"
+    )
 
 
 def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:

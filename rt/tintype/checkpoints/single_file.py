@@ -4,11 +4,13 @@ The kind is told by the text encoders' keys, the sizes by the shapes. Two things
 file. Its tokenizers are looked for beside it (`tokenizer/`, for XL also `tokenizer_2/`). And whether
 a Stable Diffusion 2 predicts velocity (768 pixels) or noise (512 pixels, "base") is not in its keys:
 as in diffusers it is taken for velocity unless the file's `global_step` is that of the base model, or
-it is an inpainting model. A `scheduler/scheduler_config.json` beside the file settles it.
+it is an inpainting model; a model that was trained to it says so by a key `v_pred`. A
+`scheduler/scheduler_config.json` beside the file settles it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tintype.checkpoints.checkpoint import Checkpoint, Component, default_settings
-from tintype.checkpoints.diffusers import text_encoder_key
+from tintype.checkpoints.diffusers import check_widths, text_encoder_key
 from tintype.checkpoints.files import (
     PICKLES,
     Target,
@@ -29,11 +31,13 @@ from tintype.checkpoints.files import (
     within,
 )
 from tintype.checkpoints.original_config import (
+    UNLIKE,
     Shapes,
     below,
     clip_config,
     open_clip_config,
     unet_config,
+    unlike,
     vae_config,
 )
 from tintype.checkpoints.original_keys import open_clip_key, unet_key, vae_key
@@ -44,6 +48,9 @@ _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
 _BASE_STEP = 875000  # global_step of the published Stable Diffusion 2 base model
 _INPAINTING_CHANNELS = 9
+# Keys without values, by which an SDXL that was trained further says what it predicts, and from what it begins.
+_VELOCITY, _ZERO_SNR = "v_pred", "ztsnr"
+_EDM = "edm_"
 
 
 class _Text(NamedTuple):
@@ -95,19 +102,20 @@ def open_file(path: Path, *, allow_pickle: bool) -> Checkpoint:
     if is_flow(shapes):
         return open_flow(path, shapes, allow_pickle=allow_pickle)
     kind = _kind(path, shapes)
-    prediction = _prediction_type(path, kind, shapes)
     try:
+        prediction = _prediction_type(path, kind, shapes)
         components = _components(path, shapes, kind, prediction, allow_pickle)
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} looks like {kind.name} in the original layout but is incomplete: {error}"
-        ) from error
+    except UNLIKE as error:
+        raise unlike(path, kind.name, error) from error
+    check_widths(path, components)
     own = path.parent / "scheduler" / "scheduler_config.json"
     return Checkpoint(
         family="latent_unet",
         source=path,
         components=components,
-        scheduler_config=read_json(own) if own.is_file() else _scheduler(kind, prediction),
+        scheduler_config=read_json(own)
+        if own.is_file()
+        else _scheduler(kind, prediction, zero_snr=_ZERO_SNR in shapes),
         tokenizer_folders=tokenizers_beside(path, ("tokenizer", "tokenizer_2")[: len(kind.text)]),
         defaults=default_settings(
             components["unet"].config, components["vae"].config, force_zeros=kind.name == "SDXL"
@@ -125,6 +133,11 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _kind(path: Path, shapes: Shapes) -> _Kind:
     has_modules = all(any(key.startswith(p) for key in shapes) for p in (_UNET, _VAE))
+    if any(key.startswith(_EDM) for key in shapes):
+        raise CheckpointError(
+            f"{path} was trained on EDM's noise levels, as its key {_EDM}* says (Playground 2.5, CosXL); a single file "
+            "of this kind is not supported, SDXL itself is"
+        )
     for kind in _KINDS:
         if has_modules and all(any(k.startswith(t.prefix) for k in shapes) for t in kind.text):
             return kind
@@ -136,6 +149,8 @@ def _kind(path: Path, shapes: Shapes) -> _Kind:
 
 
 def _prediction_type(path: Path, kind: _Kind, shapes: Shapes) -> str:
+    if _VELOCITY in shapes:
+        return "v_prediction"
     inpainting = shapes.get(f"{_UNET}input_blocks.0.0.weight", (0, 0))[1] == _INPAINTING_CHANNELS
     if kind.name != "SD 2" or inpainting or _global_step(path, shapes) == _BASE_STEP:
         return "epsilon"
@@ -148,11 +163,16 @@ def _global_step(path: Path, shapes: Shapes) -> int | None:
     if path.suffix in PICKLES:
         from tintype.checkpoints.weights import read_pickle
 
-        return int(read_pickle(path)["global_step"])
+        return _number(read_pickle(path)["global_step"])
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        return int(file.get_tensor("global_step"))
+        return _number(file.get_tensor("global_step"))
+
+
+def _number(values: Any) -> int | None:
+    """What an array or tensor of one element holds; None for any other."""
+    return int(values.reshape(-1)[0]) if math.prod(values.shape) == 1 else None
 
 
 def _components(
@@ -202,7 +222,7 @@ def _bare(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
 
 
-def _scheduler(kind: _Kind, prediction: str) -> dict[str, Any]:
+def _scheduler(kind: _Kind, prediction: str, *, zero_snr: bool) -> dict[str, Any]:
     """The configuration that the model was published with."""
     return {
         "_class_name": kind.scheduler,
@@ -212,7 +232,9 @@ def _scheduler(kind: _Kind, prediction: str) -> dict[str, Any]:
         "beta_schedule": "scaled_linear",
         "clip_sample": False,
         "set_alpha_to_one": False,
+        "skip_prk_steps": True,
         "steps_offset": 1,
         "timestep_spacing": "leading",
         "prediction_type": prediction,
+        "rescale_betas_zero_snr": zero_snr,
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 from tintype.checkpoints.checkpoint import Checkpoint, Component, encoder_stage, flow_settings
 from tintype.checkpoints.diffusers import (
+    check_widths,
     component_beside,
     components_of,
     scheduler_config,
@@ -29,6 +30,7 @@ from tintype.checkpoints.files import (
     within,
 )
 from tintype.checkpoints.original_config import (
+    UNLIKE,
     Config,
     Shapes,
     below,
@@ -36,6 +38,7 @@ from tintype.checkpoints.original_config import (
     flux_config,
     sd3_config,
     t5_config,
+    unlike,
     vae_config,
 )
 from tintype.checkpoints.original_flow_keys import flux_key, sd3_key
@@ -121,11 +124,10 @@ def open_flow(path: Path, shapes: Shapes, *, allow_pickle: bool) -> Checkpoint:
             "transformer": _transformer(file, prefix),
             **_inside(file),
         }
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(
-            f"{path} looks like {kind.family} in the original layout but is incomplete: {error}"
-        ) from error
+    except UNLIKE as error:
+        raise unlike(path, kind.family, error) from error
     components |= _beside(file, components)
+    check_widths(path, components)
     transformer, vae = components["transformer"].config, components["vae"].config
     encoders = [name for name in kind.encoders if name in components]
     left_out = [encoder_stage(name) for name in kind.encoders if name not in components]

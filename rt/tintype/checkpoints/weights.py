@@ -23,6 +23,8 @@ from tintype.checkpoints.files import (
 )
 from tintype.errors import CheckpointError
 
+# What reading a file meets that is no pickle of weights alone.
+_NO_WEIGHTS = (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError)
 _NAMED_KEYS = 3  # how many wrong keys an error spells out
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64", "I32", "U8", "BOOL"}  # tables of positions and the like
@@ -93,15 +95,20 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; download the checkpoint again") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _NO_WEIGHTS as error:
+        # torch's own message is of many lines, and tells how to run the code.
         raise CheckpointError(
-            f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}"
+            f"{path} cannot be read as plain weights ({type(error).__name__}): it is damaged, or holds more than "
+            "weights; use a .safetensors file"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected a state dict")
-    steps = {k: torch.tensor(v) for k, v in content.items() if k == "global_step"}
-    return {k: v for k, v in (state | steps).items() if isinstance(v, Tensor)}
+    step = content.get("global_step")
+    steps = {"global_step": torch.tensor(step)} if isinstance(step, int | float) else {}
+    return {
+        k: v for k, v in (state | steps).items() if isinstance(k, str) and isinstance(v, Tensor)
+    }
 
 
 def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tintype.errors import CheckpointError
-from tintype.models.config import from_json
+from tintype.models.config import from_json, require_dividing
 from tintype.models.layers import image_to_tokens, merge_heads, split_heads
 
 _ACTIVATIONS = ("quick_gelu", "gelu")
@@ -38,9 +38,7 @@ class CLIPTextConfig:
             "bos_token_id": (raw.get("bos_token_id"),),
             "pad_token_id": (raw.get("pad_token_id"),),
         }
-        return _check_activation(
-            from_json(cls, raw, component=component, neutral=neutral), component
-        )
+        return _checked(from_json(cls, raw, component=component, neutral=neutral), component)
 
 
 @dataclass(frozen=True)
@@ -62,18 +60,19 @@ class CLIPVisionConfig:
     def from_json(
         cls, raw: Mapping[str, Any], component: str = "image_encoder"
     ) -> CLIPVisionConfig:
-        return _check_activation(from_json(cls, raw, component=component, neutral={}), component)
+        return _checked(from_json(cls, raw, component=component, neutral={}), component)
 
 
 _TowerConfig = TypeVar("_TowerConfig", CLIPTextConfig, CLIPVisionConfig)
 
 
-def _check_activation(config: _TowerConfig, component: str) -> _TowerConfig:
+def _checked(config: _TowerConfig, component: str) -> _TowerConfig:
     if config.hidden_act not in _ACTIVATIONS:
         raise CheckpointError(
             f"{component}/config.json asks for hidden_act={config.hidden_act!r}; possible here: "
             + ", ".join(_ACTIVATIONS)
         )
+    require_dividing(config.num_attention_heads, config.hidden_size, component)
     return config
 
 

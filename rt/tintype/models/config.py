@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from tintype.errors import CheckpointError
 
 Config = TypeVar("Config")
 
+# What a request's size is where it is left open, which is checked where that is read.
+_SIDES = "sample_size"
 # Fields that describe where a file came from or how it was trained, never what the module computes.
 _PROVENANCE = frozenset(
     {
@@ -62,7 +66,14 @@ def from_json(
     missing = [n for n, f in known.items() if n not in raw and f.default is MISSING]
     if missing:
         raise CheckpointError(f"{component}/config.json lacks the field(s) {', '.join(missing)}")
-    return cls(**{n: _frozen(raw[n]) for n in known if n in raw})
+    given = {n: _frozen(raw[n]) for n in known if n in raw}
+    hints = get_type_hints(cls)
+    for name, value in given.items():
+        if name != _SIDES and not _is_a(hints[name], value):
+            raise CheckpointError(
+                f"{component}/config.json: {name}={raw[name]!r} is not {_described(hints[name])}"
+            )
+    return cls(**given)
 
 
 def _is_off(value: Any, neutral: Collection[Any]) -> bool:
@@ -71,8 +82,50 @@ def _is_off(value: Any, neutral: Collection[Any]) -> bool:
     return not value and not (number and neutral)
 
 
+_KINDS = {
+    int: "a whole number of at least 0",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+}
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether a value is what a field's annotation says, numbers being such as sizes and scales are."""
+    if hint is bool:
+        return isinstance(value, bool | int | NoneType)  # null is published for false
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if hint is float:
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    if hint in (str, NoneType):
+        return isinstance(value, hint)
+    if Ellipsis in get_args(hint):
+        return isinstance(value, tuple) and all(_is_a(get_args(hint)[0], each) for each in value)
+    return any(_is_a(each, value) for each in get_args(hint))
+
+
+def _described(hint: Any) -> str:
+    """The same in words."""
+    if hint in _KINDS:
+        return _KINDS[hint]
+    if Ellipsis in get_args(hint):
+        return f"a list, each {_KINDS[get_args(hint)[0]]}"
+    return " or ".join(_described(each) for each in get_args(hint) if each is not NoneType)
+
+
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def require_dividing(heads: int, width: int, component: str) -> None:
+    """Refuse heads that do not share a layer's width out evenly."""
+    if heads < 1 or width % heads:
+        raise CheckpointError(
+            f"{component}/config.json asks for {heads} attention heads over {width} channels, which they do not divide"
+        )
 
 
 def per_level(value: Any, levels: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tintype.errors import CheckpointError, RequestError
+from tintype.errors import CheckpointError, RequestError, TintypeError
 from tintype.schedulers.config import Plan, ScheduleConfig
 from tintype.schedulers.ddim import ddim
 from tintype.schedulers.ddpm import ddpm
@@ -105,8 +105,15 @@ def make_table(
 @lru_cache(maxsize=64)
 def _filled(name: str, config: ScheduleConfig, plan: Plan) -> Table:
     plan.check(config.num_train_timesteps)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        table = _METHODS[name].fill(config, plan)
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            table = _METHODS[name].fill(config, plan)
+    except TintypeError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"scheduler config: its numbers give {name} no steps ({error}); compare it with the published one"
+        ) from error
     for field in fields(table):
         value = getattr(table, field.name)
         if isinstance(value, np.ndarray) and not np.isfinite(value).all():

@@ -39,6 +39,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": (None, "leading", "trailing", "linspace"),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
 }
+_MOST_TIMES = 100_000  # a hundred times what models are trained on; tables are as long
 _SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
@@ -108,11 +109,21 @@ class ScheduleConfig:
         taken = {name: value for name, value in given.items() if name in known}
         for name, value in taken.items():
             _check_kind(name, value, getattr(cls, name))
+        taken = {n: v for n, v in taken.items() if not _left_open(v, getattr(cls, n))}
         if "disable_corrector" in taken:
             taken["disable_corrector"] = tuple(taken["disable_corrector"])
         made = cls(**taken)
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(made, name), choices)
+        if made.num_train_timesteps not in range(1, _MOST_TIMES + 1):
+            raise CheckpointError(
+                f"scheduler config: num_train_timesteps={made.num_train_timesteps!r} is not a whole number from 1 to "
+                f"{_MOST_TIMES}"
+            )
+        if not 0 <= made.dynamic_thresholding_ratio <= 1:
+            raise CheckpointError(
+                f"scheduler config: dynamic_thresholding_ratio={made.dynamic_thresholding_ratio!r} is outside [0, 1]"
+            )
         if sum(bool(getattr(made, name)) for name in _SIGMAS) > 1:
             raise CheckpointError(f"scheduler config: more than one of {', '.join(_SIGMAS)} is set")
         return made
@@ -182,6 +193,11 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
         raise CheckpointError(
             f"scheduler config: {name}={value!r} is a {type(value).__name__}, expected one like {default!r}"
         )
+
+
+def _left_open(value: Any, default: Any) -> bool:
+    """Whether a field is null that the default then fills; a switch that is null is off, as in diffusers."""
+    return value is None and default is not None and not isinstance(default, bool)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

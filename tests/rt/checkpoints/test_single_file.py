@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from diffusers.loaders import single_file_utils as oracle
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import original_layout
 import tintype
+from diffusers_schedulers import compare
 from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.original_config import below, open_clip_config, unet_config, vae_config
 from tintype.checkpoints.original_keys import open_clip_key, unet_key, vae_key
@@ -22,9 +25,15 @@ from tintype.errors import CheckpointError
 from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tintype.models.clip import CLIPTextConfig as OurTextConfig
 from tintype.models.unet import UNet, UNetConfig
+from tintype.schedulers import ScheduleConfig, default_name, make_table
 from tintype_bench import published_configs
 
 KINDS = tuple(original_layout.SMALL)
+PUBLISHED_SCHEDULERS = {
+    "sd1": published_configs.SD15_SCHEDULER,
+    "sd_inpainting": published_configs.SD15_SCHEDULER,
+    "sdxl": published_configs.SDXL_SCHEDULER,
+}
 Write = Callable[..., Path]
 
 
@@ -188,6 +197,55 @@ def test_the_base_models_step_count_means_noise_prediction(write: Write) -> None
     assert checkpoint.defaults["height"] == 512
 
 
+@pytest.mark.parametrize("kind", PUBLISHED_SCHEDULERS)
+def test_the_schedule_is_the_published_models(write: Write, kind: str) -> None:
+    own, published = open_checkpoint(write(kind)).scheduler_config, PUBLISHED_SCHEDULERS[kind]
+    for field in published.keys() & {each.name for each in fields(ScheduleConfig)}:
+        assert (own.get(field) or None) == (published[field] or None), field
+    name = default_name(published)
+    ours, theirs = make_table(default_name(own), own, 50), make_table(name, published, 50)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [[875000], [1, 2], []])
+def test_a_step_count_may_be_an_array(write: Write, steps: list[int]) -> None:
+    checkpoint = open_checkpoint(write("sd2", {"global_step": torch.tensor(steps)}))
+    expected = "epsilon" if steps == [875000] else "v_prediction"
+    assert checkpoint.scheduler_config["prediction_type"] == expected
+
+
+def test_an_sdxl_that_was_trained_further_says_what_it_predicts(write: Write) -> None:
+    """As the models' authors configure diffusers for them, which does not read these keys."""
+    keys = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    own = open_checkpoint(write("sdxl", keys)).scheduler_config
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert own == open_checkpoint(write("sdxl")).scheduler_config | changes
+    known = EulerDiscreteScheduler().config.keys() - {"_class_name"}
+    compare("euler", {name: own[name] for name in known & own.keys()}, 10)
+
+
+@pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max"])
+def test_an_sdxl_of_other_noise_levels_is_refused(write: Write, key: str) -> None:
+    with pytest.raises(CheckpointError, match="EDM's noise levels"):
+        open_checkpoint(write("sdxl", {key: torch.ones(1)}))
+
+
+def test_a_text_encoder_of_another_model_is_told(write: Write) -> None:
+    wider = {
+        name: torch.zeros(shape[0], 72)
+        for name, shape in original_layout.SMALL["sd1"].shapes().items()
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
+    with pytest.raises(CheckpointError, match="cross_attention_dim is 72, and the text encoders"):
+        open_checkpoint(write("sd1", wider))
+
+
+@pytest.mark.parametrize("name", ["input_blocks.0.0.weight", "out.2.weight"])
+def test_a_tensor_without_its_dimensions_is_told(write: Write, name: str) -> None:
+    with pytest.raises(CheckpointError, match="not the shape that its name promises"):
+        open_checkpoint(write("sd1", {f"model.diffusion_model.{name}": torch.zeros(())}))
+
+
 def test_a_scheduler_beside_the_file_decides(write: Write) -> None:
     path = write("sd2")
     own = path.parent / "scheduler" / "scheduler_config.json"
@@ -266,3 +324,17 @@ def test_a_pickled_file_needs_consent(write: Write) -> None:
         checkpoint.scheduler_config["prediction_type"] == "epsilon"
     )  # by the step count beside the weights
     assert checkpoint.component("vae").config.block_out_channels == (32, 32, 64, 64)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello" * 10, b"version https://git-lfs.github.com"])
+def test_a_file_that_is_no_pickle_is_told(write: Write, content: bytes) -> None:
+    path = write("sd1", suffix=".ckpt")
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read as plain weights \(\w+\): [^\n]*$"):
+        open_checkpoint(path, allow_pickle=True)
+
+
+def test_keys_that_are_no_names_are_left_alone(write: Write) -> None:
+    path = write("sd1", suffix=".ckpt")
+    torch.save({1: torch.zeros(2), **original_layout.SMALL["sd1"].tensors()}, path)
+    assert open_checkpoint(path, allow_pickle=True).component("vae")

@@ -296,3 +296,12 @@ def test_scaled_fp8_is_multiplied_by_its_scales(write: Write) -> None:
     ours = open_checkpoint(write("flux-dev", stored)).component("transformer").state_dict()
     wanted = transformer_by_diffusers("flux-dev", expected)
     assert [key for key in ours if not torch.equal(ours[key], wanted[key])] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
+)
+def test_a_tensor_without_its_dimensions_is_told(write: Write, name: str) -> None:
+    with pytest.raises(CheckpointError, match="not the shape that its name promises"):
+        open_checkpoint(write("sd3", whole("sd3") | {f"{layout.T5}{name}": torch.zeros(7)}))

@@ -11,7 +11,7 @@ import scipy.stats
 import tintype
 from diffusers_schedulers import CLASSES, compare, configured
 from tintype.errors import CheckpointError, RequestError
-from tintype.schedulers import default_name, make_table, names
+from tintype.schedulers import ScheduleConfig, default_name, make_table, names
 from tintype.schedulers.sigmas import beta_quantile
 from tintype_bench.published_configs import SD15_SCHEDULER
 
@@ -104,6 +104,42 @@ def test_options_that_exclude_each_other():
         make_table("dpmpp_2m", {"solver_order": 3}, 20)
     with pytest.raises(CheckpointError, match="pndm takes prediction_type epsilon"):
         make_table("pndm", {"prediction_type": "sample"}, 20)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0 is not a whole number from 1"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps=1000000000 is not"),
+        ({"num_train_timesteps": 999.5}, "num_train_timesteps=999.5 is not"),
+        ({"beta_start": -1.0}, "its numbers give euler no steps"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 2}, "ratio=2 is outside"),
+        ({"use_karras_sigmas": True, "sigma_min": -1.0, "sigma_max": 1.0}, "give euler no steps"),
+    ],
+)
+def test_numbers_that_no_schedule_has_are_named(fields, said):
+    with pytest.raises(CheckpointError, match=said):
+        make_table("euler", {"beta_schedule": "scaled_linear", **fields}, 20)
+
+
+def test_a_flow_whose_shift_nothing_tells_is_named():
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    lengths = {"base_image_seq_len": 256, "max_image_seq_len": 256}
+    with pytest.raises(CheckpointError, match="its numbers give flow_euler no steps"):
+        make_table("flow_euler", {**flow, "use_dynamic_shifting": True, **lengths}, 20, tokens=64)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["num_train_timesteps", "beta_start", "disable_corrector", "flow_shift", "steps_offset"],
+)
+def test_a_number_that_is_null_is_left_open(field):
+    assert ScheduleConfig.from_config({field: None}) == ScheduleConfig()
+
+
+def test_a_switch_that_is_null_is_off_as_in_diffusers():
+    fields = {"solver_order": 2, "lower_order_final": None}
+    compare("dpmpp_2m", fields, 6)
 
 
 @pytest.mark.parametrize("name", CLASSES)
