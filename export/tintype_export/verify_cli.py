@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tintype.bundle import Bundle
+    from tintype.checkpoints import Checkpoint
 
     from .report import Budget, Report
 
@@ -90,4 +91,20 @@ def _verify(bundle: Bundle, source: Path, backend: str, prompts: int) -> tuple[R
         raise BackendUnavailable(
             f'verify needs {error.name}, which is absent; install it with: pip install "tintype[export]"'
         ) from error
-    return verify(bundle, open_checkpoint(source), backend, prompts), budget_of(bundle)
+    checkpoint = open_checkpoint(source)
+    _check_source(bundle, checkpoint)
+    return verify(bundle, checkpoint, backend, prompts), budget_of(bundle)
+
+
+def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of another family, or with other text encoders, than the bundle has."""
+    from tintype.families.conditioning import STAGES
+    from tintype.models.stages import stage_names
+
+    stages = bundle.stages, stage_names(checkpoint.components)
+    own, given = ([each for each in STAGES if each in some] for some in stages)
+    if bundle.family != checkpoint.family or own != given:
+        raise RequestError(
+            f"{checkpoint.source} is not what {bundle.folder} was exported from: it is a {checkpoint.family} with "
+            f"{', '.join(given)}, and the bundle a {bundle.family} with {', '.join(own)}"
+        )

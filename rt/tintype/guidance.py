@@ -100,6 +100,8 @@ def _called(value: Callable[[float], float], progress: float) -> float:
     try:
         scale = value(progress)
     except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # it was called, and what it says is its own
         raise RequestError(
             f"guidance_scale={value!r} cannot be called with the progress: {error}"
         ) from error

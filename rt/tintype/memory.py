@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from itertools import product
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +24,7 @@ from tintype.backends.offloading import OFFLOADS
 from tintype.backends.torch import RunRows, TorchBackend, made_safe
 from tintype.checkpoints import Checkpoint
 from tintype.loading import torch_pipeline
+from tintype.pipeline import Pipeline
 
 # By a kernel that holds no scores; by none, whole; by none, in slices.
 Attention = Literal["fused", "whole", "sliced"]
@@ -137,12 +139,22 @@ def predict(
     options |= {"attention_slicing": attention == "sliced"}
     backend = _Hollow(checkpoint, FakeTensorMode(), device="cpu", batch_invariant=False, **options)
     pipeline = torch_pipeline(checkpoint, backend, "it runs on shapes")
+    asked = {"width": width, "height": height, **_blank(pipeline, width, height)}
     with nullcontext() if attention == "fused" else sdpa_kernel(SDPBackend.MATH):
-        pipeline("", width=width, height=height, num_inference_steps=1, seed=0, output_type="np")
+        pipeline("", num_inference_steps=1, seed=0, output_type="np", **asked)
     # Without offloading every component that a picture needs stays on the device.
     resident = 0 if offload else sum(_bytes(module) for module in backend._components.values())
     stages = {stage: resident + peak for stage, peak in backend.peaks.items()}
     return {**stages, "peak": max(stages.values())}
+
+
+def _blank(pipeline: Pipeline, width: int | None, height: int | None) -> dict[str, Any]:
+    """The picture and the mask that a model which inpaints does not go without."""
+    if not pipeline.family.inpaints:
+        return {}
+    size = pipeline.settings(width=width, height=height)
+    shape = size["height"], size["width"]
+    return {"image": np.zeros((*shape, 3)), "mask_image": np.ones(shape)}
 
 
 def _bytes(module: nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tintype import images
-from tintype.errors import Cancelled, RequestError
+from tintype.errors import Cancelled, RequestError, TintypeError
 from tintype.families.conditioning import Conditioning
 from tintype.families.latent_diffusion import LatentDiffusion
 from tintype.guidance import Scale, check_scale
@@ -141,8 +142,9 @@ class Pipeline:
         }
         settings |= self._told(settings["guidance"], true_cfg_scale)
         own = _own_arrays(latents, image, mask_image, settings)
-        requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
-        return self._run(requests, output_type, callback_on_step_end)
+        with _told_where_memory_lacks(settings["width"], settings["height"]):
+            requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
+            return self._run(requests, output_type, callback_on_step_end)
 
     def _told(self, guidance: Scale, true_cfg_scale: float) -> dict[str, Any]:
         """Guidance of a model that is told it, beside the one that extrapolates."""
@@ -189,6 +191,19 @@ class Pipeline:
         arrays = np.concatenate(results)
         made = [to_pil(array) for array in arrays] if output_type == "pil" else arrays
         return Output(made, [request.seed for request in requests], timings)
+
+
+@contextmanager
+def _told_where_memory_lacks(width: int, height: int) -> Iterator[None]:
+    """An allocation that fails as one line; torch has no error of its own for the host's memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise TintypeError(
+            f"a picture of {width}x{height} does not fit into memory; ask for a smaller one"
+        ) from error
 
 
 def _strength(

@@ -15,6 +15,7 @@ from tintype.errors import RequestError
 from tintype.guidance import Scale
 
 SEEDS = 1 << 64
+_MOST_IMAGES = 65_536  # of one call, which has them all in memory
 Floats = NDArray[np.float32]
 
 
@@ -62,6 +63,11 @@ def spread(
     prompts = _prompts(prompt)
     negatives = _negatives(negative_prompt, len(prompts))
     copies = whole_number("num_images_per_prompt", per_prompt, least=1)
+    if len(prompts) * copies > _MOST_IMAGES:
+        raise RequestError(
+            f"num_images_per_prompt={per_prompt!r} makes more than {_MOST_IMAGES} images, which one call holds; "
+            "call again for the others"
+        )
     seeds = _seeds(seed, len(prompts) * copies)
     each = {name: values(len(seeds)) for name, values in own.items()}
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(copies)]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import small_checkpoints
 from tintype.bundle import describe, open_bundle, save_manifest
 from tintype.checkpoints import open_checkpoint
-from tintype.cli import FAILED, main
+from tintype.cli import BAD_USAGE, FAILED, main
 from tintype.errors import RequestError
 from tintype.loading import BOX
 from tintype_export import verify_cli
@@ -50,6 +51,18 @@ def test_the_model_in_the_box_passes_and_says_so_as_json(capsys):
     assert "float32" in report["reference"]
     assert report["faults"] == []
     assert report["picture"]["psnr_db"] > 60 > report["picture"]["other_seed_db"]
+
+
+@pytest.mark.parametrize("other", ["postcard-flow", "sdxl"])
+def test_a_checkpoint_of_another_model_is_told_in_one_line(tmp_path, capsys, other):
+    against = BOX / other
+    if other == "sdxl":  # of the same family, with an encoder more
+        against = small_checkpoints.save("sdxl", tmp_path / "model")
+        capsys.readouterr()
+    assert main(["verify", "postcard", "--against", str(against)]) == BAD_USAGE
+    error = capsys.readouterr().err
+    assert f"{against} is not what {POSTCARD} was exported from" in error
+    assert error.count("\n") == 1
 
 
 def test_a_changed_weight_is_found_by_its_stage(tmp_path, capsys):

@@ -197,6 +197,12 @@ def test_json_is_one_object_and_nothing_else(tiny_bundle, tmp_path, capsys):
         (["--vae-tiling"], "vae_tiling=True is for checkpoints"),
         (["--attention-slicing"], "attention_slicing=True is for checkpoints"),
         (["-o", "no/such/folder/a.png"], "no such folder"),
+        (
+            ["-o", "a.jpg"],
+            "a.jpg would hold a PNG, which carries the picture's settings; name it a.png",
+        ),
+        (["-o", "a.WebP"], "name it a.png"),
+        (["--device", "cpu:x"], "device='cpu:x' is unknown to onnxruntime"),
     ],
 )
 def test_bad_usage_is_status_2_and_one_line(
@@ -217,6 +223,7 @@ def test_bad_usage_is_status_2_and_one_line(
         (["--offload", "disk"], 2, "offload='disk' is unknown; choose None, model, sequential"),
         (["--dtype", "float8"], 2, "dtype='float8' is unknown; choose auto, float32"),
         (["--device", "warp"], 2, "device='warp' is unknown; choose auto, cpu, cuda"),
+        (["--device", "meta"], 2, "device='meta' is unknown; choose auto, cpu, cuda"),
         (["--without", "vae"], 1, "without vae; a latent_unet runs without nothing"),
     ],
 )
@@ -261,6 +268,37 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(
     monkeypatch.setattr("tintype.png.write_png", fail)
     assert generate(tiny_bundle, "-o", str(tmp_path / "a.png")) == 1
     assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a", "a.PNG", "a.1"])
+def test_a_name_that_promises_no_other_picture_is_taken(tiny_bundle, tmp_path, name):
+    assert generate(tiny_bundle, "-o", str(tmp_path / name)) == 0
+    with Image.open(tmp_path / name) as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("size", ["1000000000x1000000000", "1000000000x64", f"{10**20}x64"])
+def test_a_picture_that_no_memory_holds_is_one_line(saved, capsys, size):
+    folder = saved("sd1")
+    capsys.readouterr()
+    assert generate(folder, "--size", size, "--steps", "1") != 0
+    error = capsys.readouterr().err
+    assert f"size {size} does not fit into memory" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a.json", "a.json is where the figures go"), ("a.jpg", "a.jpg would hold a PNG")],
+)
+def test_a_comparison_is_not_written_where_its_figures_go(
+    tiny_bundle, tmp_path, monkeypatch, capsys, name, message
+):
+    monkeypatch.chdir(tmp_path)
+    short = ["--steps", "1", "--reference", "1", "--scheduler", "ddim"]
+    assert main(["schedulers", "--compare", str(tiny_bundle), "-o", name, *short]) == 2
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

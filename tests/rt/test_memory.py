@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import small_checkpoints
 import small_flow_checkpoints as small
 import tintype
 from tintype import memory
@@ -36,7 +38,7 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def allocated(pipeline: Any, trace: Path, **request: Any) -> int:
     """The most bytes that a call had from the allocator at once, beside the weights that were there before."""
-    pipeline("", **REQUEST)
+    pipeline("", **REQUEST | request)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True) as profiler:
         pipeline("", **REQUEST | request)
@@ -151,6 +153,16 @@ def test_inspect_prints_every_setting(tmp_path: Path, capsys: pytest.CaptureFixt
     (line,) = inspect._memory_lines(rows[-1] | {"peak": 1.2e9})
     told = "memory offload=sequential vae_tiling=True attention=fused: 1.20 GB (encode 0.00, "
     assert line.startswith(told)
+
+
+def test_a_model_that_inpaints_is_told_with_a_picture_and_a_mask(tmp_path: Path) -> None:
+    folder = small_checkpoints.save("sd_inpainting", tmp_path / "model")
+    predicted = memory.predict(open_checkpoint(folder), **SIZE)
+    pipeline = tintype.load(folder, device="cpu", batch_invariant=False)
+    edit = {"image": np.zeros((96, 128, 3)), "mask_image": np.ones((96, 128))}
+    measured = allocated(pipeline, tmp_path / "trace.json", **edit) + weights(pipeline)
+    assert predicted["peak"] == pytest.approx(measured, rel=0.1)
+    assert {"encode_image", "denoise"} <= predicted.keys()
 
 
 def test_inspect_tells_what_slices_save_where_there_is_no_fused_kernel(

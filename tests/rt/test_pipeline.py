@@ -153,6 +153,38 @@ def test_callback_sees_every_step_and_can_cancel(tiny_pipeline):
             tiny_pipeline(PROMPT, callback_on_step_end=lambda step, *_, kind=kind: kind(step < 1))
 
 
+@pytest.mark.parametrize("where", ["callback_on_step_end", "guidance_scale"])
+@pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
+def test_what_a_callers_own_function_raises_reaches_the_caller(tiny_pipeline, where, kind):
+    expected = tiny_pipeline(PROMPT, seed=1, output_type="np").images
+    own = kind("the caller's own")
+
+    def fail(*_):
+        raise own
+
+    with pytest.raises(kind) as caught:
+        tiny_pipeline(PROMPT, **{where: fail})
+    assert caught.value is own
+    again = tiny_pipeline(PROMPT, seed=1, output_type="np").images
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 59.6 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+    ],
+)
+def test_memory_that_lacks_is_told_with_the_size(tiny_pipeline, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("tintype.families.latent_diffusion.initial_noise", fail)
+    with pytest.raises(TintypeError, match="picture of 32x32 does not fit into memory"):
+        tiny_pipeline(PROMPT)
+
+
 def test_threads_do_not_disturb_each_other(tiny_bundle):
     pipeline = tintype.load(tiny_bundle)
     results = {}
@@ -212,6 +244,10 @@ def test_guidance_must_be_finite(tiny_pipeline, bad):
         ({"guidance_scale": lambda progress: np.nan}, "guidance_scale=nan"),
         ({"guidance_rescale": 2}, "guidance_rescale=2"),
         ({"guidance_parallel": -1}, "guidance_parallel=-1"),
+        (
+            {"num_images_per_prompt": 10**9},
+            "num_images_per_prompt=1000000000 makes more than 65536",
+        ),
         ({"interpolate_from": (32, 32), "image": np.zeros((8, 8, 3))}, "takes no image"),
         ({"interpolate_from": 32}, "interpolate_from=32 is not"),
         ({"interpolate_from": (32, 32, 3)}, "interpolate_from=.* is not"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from tintype.backends import Arrays, OneType
 from tintype.backends.codes import SIDE, largest_code_on_cpu
@@ -18,7 +20,7 @@ from tintype.backends.onnx_weights import INT8, ExternalTensor, weight_files
 from tintype.backends.onnxruntime_model import straightened
 from tintype.backends.remembering import InTwo, Memory, opened
 from tintype.bundle import DTYPES, Bundle
-from tintype.errors import BackendUnavailable, BundleError, RequestError
+from tintype.errors import BackendUnavailable, BundleError, RequestError, TintypeError
 from tintype.protobuf import counted, sized
 
 if TYPE_CHECKING:
@@ -98,7 +100,8 @@ class OnnxRuntimeBackend(OneType):
         self._sessions.begin((stage, profile))
 
     def run(self, stage: str, profile: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        return self._memory.run(self._sessions.get((stage, profile)), inputs, _run)
+        with _told(stage, profile):
+            return self._memory.run(self._sessions.get((stage, profile)), inputs, _run)
 
     def place(self, array: NDArray[Any]) -> Any:
         if self._on_host:
@@ -108,7 +111,8 @@ class OnnxRuntimeBackend(OneType):
     def run_placed(self, stage: str, profile: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self._on_host:
             return self.run(stage, profile, inputs)
-        return self._memory.run(self._sessions.get((stage, profile)), inputs, self._run_bound)
+        with _told(stage, profile):
+            return self._memory.run(self._sessions.get((stage, profile)), inputs, self._run_bound)
 
     def _run_bound(
         self, session: ort.InferenceSession, inputs: Mapping[str, Any]
@@ -185,6 +189,18 @@ class OnnxRuntimeBackend(OneType):
         return _WIDENED[self.bundle.precision] * stored > _LARGEST_SHARE * memory()
 
 
+@contextmanager
+def _told(stage: str, profile: str) -> Iterator[None]:
+    """What onnxruntime says of a run that fails, such as one that lacks memory, in one line."""
+    try:
+        yield
+    except (Fail, InvalidArgument, RuntimeException) as error:
+        raise TintypeError(
+            f"stage {stage} at {profile} failed in onnxruntime; where memory is short, ask for a smaller picture: "
+            f"{one_line(error)}"
+        ) from error
+
+
 def _run(session: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, Any]:
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
@@ -203,8 +219,8 @@ def _value(values: NDArray[Any], kind: int) -> ort.OrtValue:
 
 
 def _provider(device: str) -> str:
-    name = "cpu" if device == "auto" else device.split(":", maxsplit=1)[0]
-    if name not in _PROVIDERS:
+    name, _, number = "cpu".partition(":") if device == "auto" else device.partition(":")
+    if name not in _PROVIDERS or not (number or "0").isdecimal():
         raise RequestError(
             f"device={device!r} is unknown to onnxruntime; choose one of auto, {', '.join(_PROVIDERS)}"
         )

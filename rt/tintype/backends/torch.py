@@ -355,12 +355,13 @@ def _short(dtype: torch.dtype) -> str:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unknown = RequestError(f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RequestError(
-            f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:N"
-        ) from error
+        raise unknown from error
+    if device.type not in ("cpu", "cuda"):
+        raise unknown
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable(
             f"device={name!r} needs a CUDA build of torch and an NVIDIA GPU; found neither"

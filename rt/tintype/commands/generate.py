@@ -10,7 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tintype.commands.output import Progress, picture_size, require_writable, write_whole
+from tintype.commands.output import (
+    Progress,
+    picture_size,
+    require_png,
+    require_writable,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from tintype.pipeline import Output, Pipeline
@@ -97,6 +103,7 @@ def _placement(options: argparse.Namespace) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> None:
     """Make the pictures and write them; the place to write to is tried before the work starts."""
+    require_png(options.output)
     require_writable(options.output)
     import tintype
 

@@ -65,6 +65,20 @@ def require_writable(output: Path | None) -> None:
         raise RequestError(f"cannot write to {folder}: {error.strerror}") from error
 
 
+def require_png(output: Path | None) -> None:
+    """Refuse a name that promises another kind of picture than the one that is written."""
+    from PIL import Image
+
+    if output is None:
+        return
+    suffix = output.suffix.lower()
+    if suffix not in ("", ".png") and Image.registered_extensions().get(suffix, "PNG") != "PNG":
+        raise RequestError(
+            f"{output} would hold a PNG, which carries the picture's settings; name it {output.with_suffix('.png')}, "
+            "and convert that"
+        )
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write beside the target and rename, so that a killed run leaves no half file; links, pipes and devices stay."""
     if _is_stream(path):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tintype.commands.output import Progress, require_writable, write_whole
+from tintype.commands.output import Progress, require_png, require_writable, write_whole
 from tintype.errors import BackendUnavailable, RequestError
 from tintype.loading import resolve
 
@@ -62,10 +62,13 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.output is None:
         raise RequestError("--compare draws a picture; name its file with -o")
+    beside = options.output.with_suffix(".json")
+    if beside == options.output:
+        raise RequestError(f"{beside} is where the figures go; name a PNG file with -o")
+    require_png(options.output)
     require_writable(options.output)
     made = _compare(options)
     figures = made.figures()
-    beside = options.output.with_suffix(".json")
     grid = made.grid()
     write_whole(options.output, lambda stream: grid.save(stream, format="PNG"))
     text = json.dumps(figures, indent=1) + "\n"

@@ -8,6 +8,7 @@ time_ids, guidance) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.backends import Backend
+from tintype.backends.compiled import memory
 from tintype.errors import ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
 from tintype.families.denoiser import Denoiser, Texts, picture_profiles
@@ -33,6 +35,7 @@ from tintype.schedulers import Table, make_table
 
 Floats = NDArray[np.float32]
 Timings = dict[str, float]
+_PIXEL = 12  # bytes, of three channels in float32
 _MOST_IMAGES = 8  # that are walked together where nothing else sets a limit
 
 
@@ -187,6 +190,10 @@ class LatentDiffusion:
         return f"{width}x{height}" in sizes
 
     def _check_size(self, width: int, height: int) -> None:
+        if width * height * _PIXEL > min(memory(), sys.maxsize):
+            raise ProfileError(
+                f"size {width}x{height} does not fit into memory, not even as a picture; ask for a smaller one"
+            )
         if self.runs(width, height):
             return
         sizes = self.sizes()

@@ -21,6 +21,7 @@ import memory_held
 from tintype.backends import compiled, onnxruntime
 from tintype.backends.onnxruntime_model import straightened
 from tintype.bundle import open_bundle
+from tintype.errors import TintypeError
 from tiny_bundle import F32, WEIGHTS, constant, external_tensors, save, write_decoder
 from tolerances import TINY_GRAPH, relative_error
 
@@ -72,6 +73,7 @@ import numpy as np
 import memory_held
 from tintype.backends import onnxruntime
 from tintype.bundle import open_bundle
+from tintype.errors import TintypeError
 folder, latents, memory = sys.argv[1:]
 onnxruntime.memory = lambda: float(memory)
 backend, inputs = onnxruntime.OnnxRuntimeBackend(open_bundle(folder)), {"latents": np.load(latents)}
@@ -228,3 +230,11 @@ def test_turned_codes_live_as_long_as_the_session_that_reads_them(tmp_path, monk
     del backend
     gc.collect()
     assert not any(array() is not None for array in alive)
+
+
+def test_a_run_that_fails_is_told_in_one_line(tiny_bundle):
+    backend = onnxruntime.OnnxRuntimeBackend(open_bundle(tiny_bundle))
+    (profile, *_) = backend.profiles("decode")
+    with pytest.raises(TintypeError, match=f"stage decode at {profile} failed in onnxruntime") as e:
+        backend.run("decode", profile, {"latents": np.zeros((1, 4, 1, 1), np.float32)})
+    assert "\n" not in str(e.value)
