@@ -98,7 +98,7 @@ def test_the_script_names_its_parts(tmp_path):
     command = [str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path), "sd9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "choose among kernels steps sd15 sdxl" in done.stderr
+    assert "choose among kernels steps pictures sd15" in done.stderr
 
 
 def test_every_case_of_the_gpu_suite_is_in_one_part_of_the_script():

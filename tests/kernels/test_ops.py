@@ -83,6 +83,17 @@ def test_same_bits_in_any_batch_on_a_cpu_without_triton(sample):
     check_same_bits_in_any_batch(sample, torch.float32, "cpu")
 
 
+@each([s for s in SAMPLES if s.batched])
+def test_the_reference_has_the_same_bits_in_any_batch_though_threads_share_its_sums(sample):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with forced("reference"):
+            check_same_bits_in_any_batch(sample, torch.float16, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
 @each([s for s in TELLING if s.batched])
 @pytest.mark.parametrize("implementation", ["triton", "auto"])
 def test_a_batch_of_none_gives_none(sample, implementation):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -66,22 +63,10 @@ def latents() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((4, WIDTH), np.float32)
 
 
-# A process of its own: what another freed would be filled again.
-MEASURE = """
-import sys
-import numpy as np
-import memory_held
+BACKEND = """
 from tintype.backends import onnxruntime
-from tintype.bundle import open_bundle
-from tintype.errors import TintypeError
-folder, latents, memory = sys.argv[1:]
-onnxruntime.memory = lambda: float(memory)
-backend, inputs = onnxruntime.OnnxRuntimeBackend(open_bundle(folder)), {"latents": np.load(latents)}
-before = memory_held.held()
-image = backend.run("decode", "b1", inputs)["image"]
-held = memory_held.held() - before
-np.save(latents, image)
-print(held)
+onnxruntime.memory = lambda: {memory}
+backend = onnxruntime.OnnxRuntimeBackend(bundle)
 """
 
 
@@ -92,14 +77,10 @@ def test_weights_that_would_fill_memory_are_widened_one_after_the_other(tmp_path
 
     def held(memory: float) -> float:
         """In weights of a layer."""
-        file = tmp_path / "latents.npy"
-        np.save(file, latents())
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / "layers"), str(file), str(memory)]
-        paths = {**os.environ, "PYTHONPATH": str(Path(memory_held.__file__).parent)}
-        done = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
-        assert not done.returncode, done.stderr
-        assert relative_error(np.load(file), expected) < TINY_GRAPH
-        return int(done.stdout) / WIDE
+        backend = BACKEND.format(memory=float(memory))
+        found, image = memory_held.by_a_run(backend, tmp_path / "layers", latents())
+        assert relative_error(image, expected) < TINY_GRAPH
+        return found / WIDE
 
     assert held(LAYERS * WIDE) < 3
     assert held(100 * LAYERS * WIDE) > LAYERS

@@ -27,6 +27,10 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"fp32": F32, "bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 BYTES = {"float32": 4, "bfloat16": 2}
 WIDENED = (("linear", "w"), ("convolution", "k"))
+BACKEND = """
+from tintype.backends.openvino import OpenVinoBackend
+backend = OpenVinoBackend(bundle)
+"""
 
 
 def write_layers(folder: Path, precision: str) -> torch.Tensor:
@@ -84,12 +88,9 @@ def test_it_holds_weights_once_beside_the_mapped_files_and_computes_what_they_sa
     tmp_path, precision
 ):
     expected = write_layers(tmp_path / "layers", precision)
-    bundle = open_bundle(tmp_path / "layers")
-    backend = OpenVinoBackend(bundle)
-    before = memory_held.held()
-    actual = backend.run("decode", "b1", {"latents": latents().numpy()})["image"]
-    held = memory_held.held() - before
-    stored = (WIDTH * WIDTH + WIDTH // 4 * WIDTH * 9) * BYTES[backend.dtype]
+    dtype = OpenVinoBackend(open_bundle(tmp_path / "layers")).dtype
+    held, actual = memory_held.by_a_run(BACKEND, tmp_path / "layers", latents().numpy())
+    stored = (WIDTH * WIDTH + WIDTH // 4 * WIDTH * 9) * BYTES[dtype]
     assert held < 1.3 * stored
-    allowed = TINY_GRAPH if backend.dtype == "float32" else 2**-7
+    allowed = TINY_GRAPH if dtype == "float32" else 2**-7
     assert relative_error(actual, expected.numpy()) < allowed
