@@ -97,7 +97,7 @@ def _centred(x: Tensor, groups: int, residual: Tensor | None) -> tuple[Tensor, T
     """x + residual less the means of groups, and these: PyTorch's norms lose what is small beside the mean."""
     h = _grouped(x, groups, residual)
     # Sample by sample: how threads share a sum out depends on how many there are, and with it the bits.
-    mean = torch.cat([sample.mean((2, 3), keepdim=True) for sample in h.split(1)])
+    mean = torch.cat([sample.mean((2, 3), keepdim=True) for sample in torch.split(h, 1)])
     return h - mean, mean
 
 
