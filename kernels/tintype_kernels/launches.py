@@ -159,11 +159,11 @@ def _compiled(op: str, launch: _Launch, numbers: _Numbers, arch: int) -> Kernel:
     places = [numbers.of(each) for each in pointers.values()]
     reads = tuple(dict.fromkeys(place for place in places if place < met))
     writes = tuple(dict.fromkeys(place for place in places if place >= met))
-    entry = binary.metadata.name
+    function = binary.metadata.name
     x, y, z, *_ = (*launch.grid, 1, 1)
     return Kernel(
-        f"{op}_{entry.strip('_')}",
-        entry,
+        f"{op}_{function.strip('_')}",
+        function,
         with_parameters(binary.asm["ptx"], places, [*reads, *writes]),
         (x, y, z),
         32 * binary.metadata.num_warps,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tintype.errors import RequestError
-from tintype.models.stages import Stage
+from tintype.models.stages import Remembering, Stage
 from tintype_kernels.choice import measuring
 
 EXECUTIONS = ("eager", "compiled", "graph")
@@ -65,17 +65,17 @@ class Replayed:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._captures: dict[tuple[torch.Size, ...], _Capture] = {}
-        self._remembering: dict[tuple[int, tuple[torch.Size, ...]], _Remembering] = {}
+        self._remembering: dict[tuple[int, tuple[torch.Size, ...]], _Remembered] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor, times: Tensor | None = None) -> tuple[Tensor, ...]:
         shapes = tuple(tensor.shape for tensor in inputs)
         with self._lock:
-            if isinstance(self._call, Stage) and self._call.remembers:
+            if isinstance(self._call, Remembering) and self._call.remembers:
                 room = 0 if times is None else _room(len(times))
                 times = times if room else None
                 if (room, shapes) not in self._remembering:
-                    self._remembering[room, shapes] = _Remembering(self._call, inputs, times, room)
+                    self._remembering[room, shapes] = _Remembered(self._call, inputs, times)
                 return self._remembering[room, shapes].replay(inputs, times)
             if shapes not in self._captures:
                 self._captures[shapes] = _Capture(self._call, inputs)
@@ -129,20 +129,18 @@ class _Capture:
         return tuple(output.clone() for output in self.outputs)
 
 
-class _Remembering:
+class _Remembered:
     """A stage in two graphs: what it remembers lies where the graph of each step reads it, and beside it what all
     times of the picture tell, where there is room for them."""
 
-    def __init__(
-        self, stage: Stage, inputs: Sequence[Tensor], times: Tensor | None, room: int
-    ) -> None:
+    def __init__(self, stage: Remembering, inputs: Sequence[Tensor], times: Tensor | None) -> None:
         self._stage = stage
         changing, told = inputs[: stage.changing], inputs[stage.changing :]
         self._known: list[tuple[Tensor, int]] = []
         self._remember = _Capture(stage.remember, told)
         remembered = self._remember.outputs
         at = partial(stage.at, remembered)
-        self._moments = _Moments(at, len(inputs[0]), room, inputs[0].device) if room else None
+        self._moments = None if times is None else _Moments(at, len(inputs[0]), times)
         self._tell(told, times)
 
         def recall(*changing: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -178,18 +176,15 @@ class _Moments:
     """What each time of a picture tells each layer that reads times, in a row of a table in which a graph finds it."""
 
     def __init__(
-        self,
-        at: Callable[[Tensor], tuple[Tensor, ...]],
-        samples: int,
-        room: int,
-        device: torch.device,
+        self, at: Callable[[Tensor], tuple[Tensor, ...]], samples: int, times: Tensor
     ) -> None:
+        """With room for as many times as these, and more."""
         self._at, self._samples = at, samples
-        self._times = torch.full((room,), torch.inf, device=device)
-        layers = [told[0] for told in self._told(self._times.new_zeros(1))]
+        room = _room(len(times))
+        self._times = times.new_full((room,), torch.inf)
+        layers = [told[0] for told in self._told(times[:1])]
         self._shapes = [told.shape for told in layers]
-        width = sum(told.numel() for told in layers)
-        self._table = torch.zeros((room, width), dtype=layers[0].dtype, device=device)
+        self._table = layers[0].new_zeros(room, sum(told.numel() for told in layers))
 
     def tell(self, times: Tensor) -> None:
         """Work out what these times [s] tell."""

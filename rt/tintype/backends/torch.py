@@ -262,7 +262,8 @@ class TorchBackend:
 
     def _built(self, name: str, dtype: torch.dtype) -> Stage:
         if name in STEPS:
-            return step_stage(name, self._stage("denoise", dtype))
+            denoise: Any = self._stage("denoise", dtype)
+            return step_stage(name, denoise)
         return build_stage(
             name, self.checkpoint.components, lambda part: self._component(part, dtype)
         )

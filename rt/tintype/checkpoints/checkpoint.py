@@ -120,7 +120,7 @@ class Checkpoint:
         return module.eval()
 
 
-def number_in(
+def _number_in(
     config: Mapping[str, Any], component: str, field: str, default: int | None = None
 ) -> int:
     """A field of a component's configuration that must be a whole number of at least 1."""
@@ -160,9 +160,9 @@ def default_settings(
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE[kind],
         "force_zeros_for_empty_prompt": force_zeros,
-        "latent_channels": number_in(vae, "vae", "latent_channels", 4),
+        "latent_channels": _number_in(vae, "vae", "latent_channels", 4),
         "latent_factor": factor,
-        "denoiser_channels": number_in(unet, "unet", "in_channels", 4),
+        "denoiser_channels": _number_in(unet, "unet", "in_channels", 4),
     }
 
 
@@ -170,7 +170,7 @@ def _sides(unet: Mapping[str, Any]) -> tuple[int, int]:
     """The latents' height and width that a UNet was trained on; many published ones leave them open."""
     side = unet.get("sample_size") or 64
     sides = side if isinstance(side, list | tuple) and len(side) == 2 else (side, side)
-    height, width = (number_in({"sample_size": each}, "unet", "sample_size") for each in sides)
+    height, width = (_number_in({"sample_size": each}, "unet", "sample_size") for each in sides)
     return height, width
 
 
@@ -187,7 +187,7 @@ def flow_settings(
     family: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings of a request to a flow transformer that leaves them open, as published for the model."""
-    own = partial(number_in, transformer, "transformer")
+    own = partial(_number_in, transformer, "transformer")
     factor = _latent_factor(vae)
     patch = 2  # SD3's patches and FLUX's packed squares alike
     channels = own("in_channels") // (1 if family == "sd3" else patch**2)
@@ -198,7 +198,7 @@ def flow_settings(
         "height": side,
         "width": side,
         **_FLOWS[kind],
-        "latent_channels": number_in(vae, "vae", "latent_channels", 16),
+        "latent_channels": _number_in(vae, "vae", "latent_channels", 16),
         "latent_factor": factor,
         "denoiser_channels": channels,
         "size_multiple": factor * patch,

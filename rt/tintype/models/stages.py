@@ -19,6 +19,7 @@ joins what they give. Latents are scaled to the unit variance that the denoiser 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal
@@ -41,39 +42,46 @@ STEPS = {"step": False, "guided_step": True}
 
 
 class Stage(nn.Module):
-    """A pure function of named arrays; ``inputs`` and ``outputs`` are the names in the order of ``forward``.
-
-    A stage that ``remembers`` also goes in three: `remember`, of what it is told behind its first ``changing`` inputs
-    and is the same at every step of a picture; `at`, of what that gives and of times, which are known before; and
-    `recall`, of both and of the changing inputs.
-    """
+    """A pure function of named arrays; ``inputs`` and ``outputs`` are the names in the order of ``forward``."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    remembers: bool = False
-    changing: int = 0
-
-    def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError(f"{type(self).__name__} does not remember")
-
-    def time(self, *changing: Tensor) -> Tensor:
-        """Of changing inputs the times [n] at which they stand."""
-        raise NotImplementedError(f"{type(self).__name__} does not remember")
-
-    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
-        """What each of the times [s, n] tells n rows, [s, n, c] for each layer that reads times."""
-        raise NotImplementedError(f"{type(self).__name__} does not remember")
-
-    def recall(
-        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], *changing: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
-        """The outputs; ``told`` is what `at` gives for the time of the changing inputs, [n, c] for each layer."""
-        raise NotImplementedError(f"{type(self).__name__} does not remember")
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
         return next(self.parameters()).dtype
+
+
+class Remembering(Stage, ABC):
+    """A stage that also goes in three: `remember`, of what it is told behind its first ``changing`` inputs and is the
+    same at every step of a picture; `at`, of what that gives and of times, which are known before; and `recall`, of
+    both and of the changing inputs."""
+
+    changing: int
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it may go so as it is set up."""
+        return True
+
+    @abstractmethod
+    def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
+        """What is the same at every step."""
+
+    @abstractmethod
+    def time(self, *changing: Tensor) -> Tensor:
+        """Of changing inputs the times [n] at which they stand."""
+
+    @abstractmethod
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        """What each of the times [s, n] tells n rows, [s, n, c] for each layer that reads times."""
+
+    @abstractmethod
+    def recall(
+        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], *changing: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The outputs; ``told`` is what `at` gives for the time of the changing inputs, [n, c] for each layer."""
 
 
 class TextEncodeStage(Stage):
@@ -98,11 +106,11 @@ class TextEncodeStage(Stage):
         return (hidden.float(), encoding.pooled.float()) if self.pooled else hidden.float()
 
 
-class DenoiseStage(Stage):
+class DenoiseStage(Remembering):
     """Noisy latents, time and text -> the model's prediction of noise, velocity or image."""
 
     outputs = ("model_output",)
-    remembers, changing = True, 2
+    changing = 2
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -165,11 +173,11 @@ class T5EncodeStage(Stage):
         return self.encoder(input_ids).float()
 
 
-class FlowDenoiseStage(Stage):
+class FlowDenoiseStage(Remembering):
     """Noisy latents, time, text and, for models distilled with it, guidance -> the model's velocity."""
 
     outputs = ("model_output",)
-    remembers, changing = True, 2
+    changing = 2
 
     def __init__(self, transformer: SD3Transformer | FluxTransformer) -> None:
         super().__init__()
@@ -218,7 +226,7 @@ class FlowDenoiseStage(Stage):
         return hidden.to(self.dtype), pooled.to(self.dtype)
 
 
-class StepStage(Stage):
+class StepStage(Remembering):
     """One step of any sampler around the denoiser, so that latents need not leave the device between two steps.
 
     ``row`` is `step_row` of each sample, ``history`` the quantities kept at earlier steps, newest first. Guidance
@@ -229,7 +237,7 @@ class StepStage(Stage):
     outputs = ("next_sample", "next_history")
     changing = 4
 
-    def __init__(self, denoise: Stage, *, guided: bool) -> None:
+    def __init__(self, denoise: Remembering, *, guided: bool) -> None:
         super().__init__()
         self.denoise = denoise
         self.guided = guided
@@ -238,8 +246,8 @@ class StepStage(Stage):
         self.inputs = ("sample", "history", "row", "noise", *told)
 
     @property
-    def remembers(self) -> bool:  # type: ignore[override]
-        return self.denoise.remembers and not self.apart
+    def remembers(self) -> bool:
+        return not self.apart
 
     def forward(
         self, sample: Tensor, history: Tensor, row: Tensor, noise: Tensor, *told: Tensor
@@ -366,7 +374,7 @@ def build_stage(
     return {"decode": DecodeStage, "encode_image": EncodeImageStage}[name](component(part))
 
 
-def step_stage(name: str, denoise: Stage) -> StepStage:
+def step_stage(name: str, denoise: Remembering) -> StepStage:
     """The stage `step` or `guided_step` around a denoiser that there is."""
     return StepStage(denoise, guided=STEPS[name])
 
