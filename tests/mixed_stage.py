@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tintype.checkpoints.files import Weights
 from tintype.models.quantised import Scheme, nearest, quantisable, replace_layers
-from tintype.models.stages import Stage
+from tintype.models.stage import Stage
 from tintype_export.graphs import point_to_weights, save, stored_tensors, trace
 from tintype_export.qdq import quantise_graph
 from tintype_export.quantisation import layer_tensors

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tintype.checkpoints import Checkpoint
-from tintype.models.stages import Stage, build_stage, stage_component, stage_names
+from tintype.models.stage import Stage
+from tintype.models.stages import build_stage, stage_component, stage_names
 from tintype.tokenizer import CONTEXT
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}

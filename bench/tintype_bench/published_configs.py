@@ -287,3 +287,58 @@ T5_XXL: Config = {
     "use_cache": True,
     "vocab_size": 32128,
 }
+
+# Karlo, the open unCLIP of Kakao Brain: components that only such models have.
+_KARLO_ENLARGING: Config = {
+    "sample_size": 256,
+    "in_channels": 6,
+    "out_channels": 3,
+    "down_block_types": ["ResnetDownsampleBlock2D"] * 4,
+    "up_block_types": ["ResnetUpsampleBlock2D"] * 4,
+    "block_out_channels": [320, 640, 960, 1280],
+    "layers_per_block": 3,
+    "add_attention": False,
+}
+KARLO: dict[str, Config] = {
+    "prior": {
+        "num_attention_heads": 32,
+        "attention_head_dim": 64,
+        "num_layers": 20,
+        "embedding_dim": 768,
+        "num_embeddings": 77,
+        "additional_embeddings": 4,
+    },
+    "text_proj": {
+        "clip_extra_context_tokens": 4,
+        "clip_embeddings_dim": 768,
+        "time_embed_dim": 1280,
+        "cross_attention_dim": 1536,
+    },
+    "decoder": {
+        "sample_size": 64,
+        "in_channels": 3,
+        "out_channels": 6,
+        "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+        "block_out_channels": [320, 640, 960, 1280],
+        "layers_per_block": 3,
+        "cross_attention_dim": 1536,
+        "attention_head_dim": 64,
+        "class_embed_type": "identity",
+        "resnet_time_scale_shift": "scale_shift",
+    },
+    "super_res_first": _KARLO_ENLARGING,
+    "super_res_last": _KARLO_ENLARGING,
+}
+_UNCLIP_SCHEDULER: Config = {"_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000}
+KARLO_SCHEDULERS: dict[str, Config] = {
+    "prior_scheduler": {
+        **_UNCLIP_SCHEDULER,
+        "prediction_type": "sample",
+        "variance_type": "fixed_small_log",
+        "clip_sample_range": 5.0,
+    },
+    "decoder_scheduler": {**_UNCLIP_SCHEDULER, "variance_type": "learned_range"},
+    "super_res_scheduler": {**_UNCLIP_SCHEDULER, "variance_type": "fixed_small_log"},
+}

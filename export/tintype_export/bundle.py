@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from tintype.bundle import FAMILIES, Bundle, describe, save_manifest
 from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.checkpoints.lora_files import Lora
 from tintype.errors import CheckpointError, RequestError
-from tintype.models.stages import DecodeStage, Stage, build_stage, stage_component
+from tintype.models.stage import Stage
+from tintype.models.stages import STEPS, DecodeStage, build_stage, stage_component
 from tintype.request import whole_number
 
 from .calibration import Calibration
@@ -109,7 +110,7 @@ def export_bundle(
         raise CheckpointError(
             f"{source} is a {checkpoint.family}; export writes {', '.join(FAMILIES)}; run it with backend='torch'"
         )
-    check_sizes(config.sizes, checkpoint.defaults)
+    check_sizes(checkpoint, config.sizes)
     _check_target(config)
     kind = _kind(checkpoint, config)
     _estimate(checkpoint, target, config, last_seconds(kind), say)
@@ -249,7 +250,7 @@ def _with_engines(
     say: Say,
 ) -> Bundle:
     """The bundle with engines, which were built and, where this machine lacks those GPUs, have not run."""
-    wanted = {name: each for name, each in graphs.items() if _has_engine(name, config)}
+    wanted = wanted_engines(graphs, config)
     engines = build_engines(
         bundle.folder, wanted, config.gpus, say, weightless=config.weightless, plugins=plugins
     )
@@ -264,9 +265,17 @@ def _with_engines(
     return replace(bundle, engines=engines, files=files)
 
 
-def _has_engine(stage: str, config: ExportConfig) -> bool:
-    """Every engine holds its weights once more, and the plain denoiser serves masks and a few schedulers alone."""
-    return config.plain or stage != "denoise"
+def wanted_engines(
+    graphs: Mapping[str, dict[str, str]], config: ExportConfig
+) -> dict[str, dict[str, str]]:
+    """The graphs, by stage, that engines are built from."""
+    return {name: each for name, each in graphs.items() if _has_engine(name, graphs, config)}
+
+
+def _has_engine(stage: str, stages: Collection[str], config: ExportConfig) -> bool:
+    """Every engine holds its weights once more, and the plain denoiser serves masks and a few schedulers alone where
+    there are steps."""
+    return config.plain or stage != "denoise" or STEPS.keys().isdisjoint(stages)
 
 
 def _estimate(
@@ -280,7 +289,7 @@ def _estimate(
     engines = (not config.weightless) * sum(
         weights[stage_component(stage, checkpoint.components)] * len(each)
         for stage, each in profiles.items()
-        if _has_engine(stage, config)
+        if _has_engine(stage, profiles, config)
     )
     needed = stored_bytes(checkpoint) + graphs * _GRAPH_BYTES + engines * len(config.gpus)
     free = require_room(target, needed)

@@ -18,7 +18,7 @@ from tintype.backends.torch import TorchBackend
 from tintype.checkpoints import Checkpoint
 from tintype.loading import checkpoint_pipeline
 from tintype.models.quantised import may_round_output, quantisable
-from tintype.models.stages import Stage
+from tintype.models.stage import Stage
 
 # Short sentences of what pictures are asked for most: places, animals, people, things, weather, styles.
 PROMPTS = (
@@ -90,7 +90,7 @@ class Seen:
 def calibrate(
     checkpoint: Checkpoint, config: Calibration, stages: Collection[str], *, block_by_block: bool
 ) -> dict[str, tuple[Stage, Seen]]:
-    """Draw with float32 torch and watch ``stages``, "denoise" or "decode"; each of them, and what it saw.
+    """Draw with float32 torch and watch ``stages``, such as "denoise"; each of them, and what it saw.
 
     With ``block_by_block`` weights stay in their files, and only one block's are there at a time.
     """
@@ -98,13 +98,16 @@ def calibrate(
     pipe = checkpoint_pipeline(checkpoint, device="cpu", dtype="float32", offload=offload)
     backend = pipe.family.backend
     assert isinstance(backend, TorchBackend)
-    drawn = len(config.prompts)
-    calls = {"denoise": config.steps * drawn, "decode": len(_STRETCHES) * drawn}
+    calls = {"denoise": config.steps, "decode": len(_STRETCHES), "enlarge_last": 1}
+    if checkpoint.family == "unclip":
+        settings = checkpoint.defaults
+        calls["prior"] = settings["prior_num_inference_steps"]
+        calls["enlarge"] = settings["super_res_num_inference_steps"] - 1
     found: dict[str, tuple[Stage, Seen]] = {}
     with ExitStack() as watches:
         for name in stages:
             stage = backend.module(name)
-            rows = max(1, config.rows // calls[name])
+            rows = max(1, config.rows // (calls[name] * len(config.prompts)))
             found[name] = stage, watches.enter_context(_watched(stage, rows))
         for seed, prompt in enumerate(config.prompts):
             made = pipe(prompt, seed=seed, num_inference_steps=config.steps, output_type="latent")

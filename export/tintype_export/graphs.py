@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tintype.checkpoints.files import Weights, stored_whole
 from tintype.errors import CheckpointError
-from tintype.models.stages import Stage
+from tintype.models.stage import Stage
 
 OPSET = 20
 _DTYPES = {

@@ -14,6 +14,7 @@ from tintype.families.conditioning import STAGES, Conditioning, joined
 from tintype.families.stepping import HISTORY, step_row
 from tintype.loading import checkpoint_tokenizers
 from tintype.models.stages import STEPS, stage_component, stage_names
+from tintype.models.unclip_projection import UnclipProjectionConfig
 from tintype.profiles import Profile
 from tintype_kernels import Row
 
@@ -32,8 +33,9 @@ def profiles_of(
 ) -> dict[str, list[str]]:
     """The profile names of every stage for pictures of ``sizes`` (width, height), ``batches`` of them a call."""
     told = checkpoint.family == "flux"  # is told its guidance, where others are run on two rows
-    rows = {"denoise": sorted({n * each for n in batches for each in ((1,) if told else (1, 2))})}
-    rows |= dict.fromkeys(STEPS, sorted(set(batches)))
+    guided = sorted({n * each for n in batches for each in ((1,) if told else (1, 2))})
+    rows = dict.fromkeys(("denoise", "prior"), guided)
+    rows |= dict.fromkeys((*STEPS, "enlarge", "enlarge_last"), sorted(set(batches)))
 
     def names(stage: str) -> list[str]:
         if stage in STAGES:
@@ -48,8 +50,15 @@ def profiles_of(
     }
 
 
-def check_sizes(sizes: Sequence[tuple[int, int]], defaults: Mapping[str, Any]) -> None:
-    """Raises ProfileError where a side is not a multiple of what the model's sides come in."""
+def check_sizes(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises ProfileError where a side is not a multiple of what the model's sides come in, or unCLIP's own."""
+    defaults = checkpoint.defaults
+    own = defaults["width"], defaults["height"]
+    for width, height in sizes if checkpoint.family == "unclip" else ():
+        if (width, height) != own:
+            raise ProfileError(
+                f"size {width}x{height}: an unCLIP model draws its own, {own[0]}x{own[1]}"
+            )
     multiple = defaults.get("size_multiple", defaults["latent_factor"])
     for width, height in sizes:
         if width % multiple or height % multiple or min(width, height) < multiple:
@@ -90,11 +99,47 @@ def example_inputs(
         "row": lambda: step_row(500.0, 0.9, _ROW)[None].repeat(rows, axis=0),
         "image": lambda: rng.random((rows, found.height, found.width, 3), np.float32),
     }
+    if checkpoint.family == "unclip":
+        makers = {**makers, **_cascade_makers(checkpoint, stage, found, normal)}
     arrays: Arrays = {name: makers[name]() for name in names}
     if stage == "guided_step":
         pairs = [name for name in names if name not in _STATE]
         arrays |= {name: np.stack([arrays[name], makers[name]()], axis=1) for name in pairs}
     return arrays
+
+
+def _cascade_makers(
+    checkpoint: Checkpoint, stage: str, profile: Profile, normal: Callable[..., NDArray[np.float32]]
+) -> dict[str, Callable[[], NDArray[Any]]]:
+    """What unCLIP's stages take, where it is not what others do."""
+    defaults, rows = checkpoint.defaults, profile.batch
+    projection = UnclipProjectionConfig.from_json(checkpoint.configs["text_proj"])
+    wide, added = projection.clip_embeddings_dim, projection.clip_extra_context_tokens
+    read = np.arange(_tokens(checkpoint, "encode").shape[1]) < 12
+    pixels, factor = defaults["latent_channels"], defaults["latent_factor"]
+    samples = {
+        "prior": (wide,),
+        "denoise": (pixels, profile.height // factor, profile.width // factor),
+        "enlarge": (2 * pixels, profile.height, profile.width),
+    }
+
+    def mask(before: int) -> NDArray[np.float32]:
+        return np.tile(np.pad(read, (before, 0), constant_values=True), (rows, 1)).astype(
+            np.float32
+        )
+
+    return {
+        "sample": lambda: normal(rows, *samples[stage.removesuffix("_last")]),
+        "latents": lambda: normal(rows, wide),
+        "image_embeds": lambda: normal(rows, wide),
+        "shown": lambda: np.ones(rows, np.float32),
+        "encoder_hidden_states": lambda: normal(rows, len(read), wide),
+        "text_embeds": lambda: normal(rows, wide),
+        "text_mask": lambda: mask(0),
+        "context": lambda: normal(rows, added + len(read), projection.cross_attention_dim),
+        "context_mask": lambda: mask(added),
+        "added": lambda: normal(rows, projection.time_embed_dim),
+    }
 
 
 def _tokens(checkpoint: Checkpoint, stage: str) -> NDArray[np.int64]:

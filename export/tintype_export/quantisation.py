@@ -40,10 +40,12 @@ class Rule:
 
 # The allowed relative errors of one evaluation keep the picture in the box some 5 dB above its budget. A decoder is
 # a hundredth of a model's weights, and counts by its work, which int4's weights do not make any less.
+_WALKED = ("denoise", "prior", "enlarge", "enlarge_last")  # stages that samplers walk by
+_EIGHT_BITS = dict.fromkeys(_WALKED, Rule("static", 0.02)) | {"decode": Rule("static", 0.01)}
 RULES = {
-    "int8": {"denoise": Rule("static", 0.02), "decode": Rule("static", 0.01)},
-    "int4": {"denoise": Rule("none", 0.03)},
-    "fp8": {"denoise": Rule("static", 0.02), "decode": Rule("static", 0.01)},
+    "int8": _EIGHT_BITS,
+    "int4": dict.fromkeys(_WALKED, Rule("none", 0.03)),
+    "fp8": _EIGHT_BITS,
 }
 # Text is read once a picture: encoders count by their bytes, and in int8 their states stay what they are.
 _ENCODER = Scheme("int8")
@@ -78,13 +80,14 @@ def plan(
 ) -> dict[str, Quantised]:
     """How each component that is kept in codes is written, by name; without ``calibration`` decoders are not."""
     component = partial(stage_component, components=checkpoint.components)
-    encoders = [component(each) for each in stage_names(checkpoint.components) if each in STAGES]
+    stages = stage_names(checkpoint.components)
+    encoders = [component(each) for each in stages if each in STAGES]
     found = {name: _by_weights(checkpoint, name, _ENCODER) for name in encoders}
     if calibration is None:
         scheme = _scheme(precision, "none", group)
-        denoiser = component("denoise")
-        return found | {denoiser: _by_weights(checkpoint, denoiser, scheme)}
-    rules = RULES[precision]
+        walked = [component(each) for each in _WALKED if each in stages]
+        return found | {name: _by_weights(checkpoint, name, scheme) for name in walked}
+    rules = {stage: rule for stage, rule in RULES[precision].items() if stage in stages}
     say(f"calibrate: {len(calibration.prompts)} prompts, {calibration.steps} steps")
     size = sum(each.numel() for each in _skeleton(checkpoint, component("denoise")).parameters())
     large = size > MOST_MEASURED

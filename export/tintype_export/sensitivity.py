@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tintype.models.quantised import LayerCodes, Scheme, is_inner, quantisable, quantised_layer
-from tintype.models.stages import Stage
+from tintype.models.stage import Stage
 
 from .calibration import Seen
 

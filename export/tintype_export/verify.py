@@ -20,6 +20,7 @@ from tintype.errors import BundleError, RequestError
 from tintype.loading import bundle_pipeline, checkpoint_pipeline
 from tintype.models.stages import stage_component
 from tintype.pipeline import Pipeline
+from tintype.request import CASCADE
 
 from .profiles import example_inputs
 from .quality import psnr, ssim
@@ -145,6 +146,7 @@ def _picture_report(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Pic
         "scheduler": bundle.defaults.get("scheduler"),
         "num_inference_steps": _STEPS,
     }
+    settings |= {name: bundle.defaults[name] for name in CASCADE if name in bundle.defaults}
     engine = bundle_pipeline(bundle, backend)
     picture, latents = _drawn(engine, _SEED, settings)
     other, _ = _drawn(engine, _SEED + 1, settings)

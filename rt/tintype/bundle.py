@@ -14,7 +14,7 @@ from tintype_kernels.cache import cache_folder, replace_text
 
 MANIFEST = "bundle.json"
 FORMAT = 1
-FAMILIES = ("latent_unet", "sd3", "flux")
+FAMILIES = ("latent_unet", "sd3", "flux", "unclip")
 _CHUNK = 1 << 20
 # The types of a manifest's fields, of which the first are needed, and the settings that a request falls back to.
 _NEEDED = {
@@ -219,9 +219,10 @@ def require_whole(bundle: Bundle) -> None:
             f"{bundle.folder}: {MANIFEST} names {len(bundle.tokenizers)} tokenizers for {len(encoders)} text encoders"
         )
     lacking = [name for name in _SETTINGS if name not in bundle.defaults]
-    if "decode" not in bundle.stages or lacking:
+    last = "enlarge_last" if bundle.family == "unclip" else "decode"
+    if last not in bundle.stages or lacking:
         raise BundleError(
-            f"{bundle.folder}: {MANIFEST} has no {', '.join(lacking) or 'stage decode'}, which a picture takes"
+            f"{bundle.folder}: {MANIFEST} has no {', '.join(lacking) or f'stage {last}'}, which a picture takes"
         )
 
 

@@ -12,7 +12,8 @@ from tintype.bundle import MANIFEST, Bundle, is_bundle, open_bundle, require_who
 from tintype.errors import CheckpointError, RequestError
 from tintype.families.conditioning import STAGES, TextTokenizer
 from tintype.families.latent_diffusion import LatentDiffusion
-from tintype.pipeline import Pipeline
+from tintype.families.unclip import Unclip
+from tintype.pipeline import Family, Pipeline
 from tintype.t5_tokenizer import T5Tokenizer
 from tintype.tokenizer import ClipTokenizer
 from tintype_kernels.cache import cache_folder
@@ -168,7 +169,8 @@ def bundle_pipeline(
         from tintype.backends.updated_weights import UpdatedWeights
 
         options["updated"] = UpdatedWeights(bundle, loras, **fewer)
-    family = LatentDiffusion(
+    family = _family(
+        bundle.family,
         backend=kind(bundle, **options),
         tokenizers=open_tokenizers(
             bundle.family,
@@ -178,7 +180,6 @@ def bundle_pipeline(
         ),
         scheduler_config=bundle.scheduler,
         defaults=bundle.defaults,
-        kind=bundle.family,
     )
     return Pipeline(bundle.name, family, reason)
 
@@ -218,15 +219,19 @@ def checkpoint_pipeline(checkpoint: Checkpoint, backend: str = "auto", **options
 
 def torch_pipeline(checkpoint: Checkpoint, backend: TorchBackend, reason: str) -> Pipeline:
     """The pipeline of a checkpoint on a backend that there is."""
-    family = LatentDiffusion(
+    family = _family(
+        checkpoint.family,
         backend=backend,
         tokenizers=checkpoint_tokenizers(checkpoint),
         scheduler_config=checkpoint.scheduler_config,
         defaults=checkpoint.defaults,
-        kind=checkpoint.family,
     )
     path = checkpoint.source
     return Pipeline(path.stem if path.is_file() else path.name, family, reason)
+
+
+def _family(kind: str, **parts: Any) -> Family:
+    return (Unclip if kind == "unclip" else LatentDiffusion)(kind=kind, **parts)
 
 
 def checkpoint_tokenizers(checkpoint: Checkpoint) -> list[TextTokenizer]:

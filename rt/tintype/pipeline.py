@@ -15,11 +15,13 @@ from tintype import images
 from tintype.errors import Cancelled, RequestError, TintypeError
 from tintype.families.conditioning import Conditioning
 from tintype.families.latent_diffusion import LatentDiffusion
+from tintype.families.unclip import Unclip
 from tintype.guidance import Scale, check_scale
 from tintype.images import Floats, to_pil
-from tintype.request import ImageRequest, share, spread, starts, whole_number
+from tintype.request import Cascade, ImageRequest, share, spread, starts, whole_number
 from tintype.schedulers import default_name
 
+Family = LatentDiffusion | Unclip
 OnStep = Callable[[int, int, Floats], Any]
 OUTPUT_TYPES = ("pil", "np", "latent")
 # The share of the steps that an edit runs where the caller leaves it open, as in diffusers.
@@ -40,7 +42,7 @@ class Pipeline:
     """A loaded model. Safe to call from many threads: whatever a request changes is local to the call."""
 
     name: str
-    family: LatentDiffusion
+    family: Family
     backend_reason: str
 
     def settings(
@@ -93,6 +95,9 @@ class Pipeline:
         prompt_weighting: bool = False,
         long_prompts: bool = False,
         interpolate_from: tuple[int, int] | None = None,
+        prior_num_inference_steps: int | None = None,
+        prior_guidance_scale: float | None = None,
+        super_res_num_inference_steps: int | None = None,
     ) -> Output:
         """Make pictures; names follow diffusers.
 
@@ -111,6 +116,9 @@ class Pipeline:
 
         `prompt_weighting` reads `(word:1.3)`, `(word)` and `[word]`; `long_prompts` reads all of a prompt that
         is longer than the text encoder's window.
+
+        The steps and the guidance of unCLIP's prior, and the steps of its upsamplers, are the three last; what has no
+        such name is of its decoder.
 
         `callback_on_step_end(step, total, latents)` counts the steps of all images, from 0, and cancels the
         call by returning False, which raises `Cancelled`.
@@ -141,6 +149,11 @@ class Pipeline:
             "interpolate_from": None if interpolate_from is None else _sides(interpolate_from),
         }
         settings |= self._told(settings["guidance"], true_cfg_scale)
+        settings["cascade"] = self._cascade(
+            prior_num_inference_steps=prior_num_inference_steps,
+            prior_guidance_scale=prior_guidance_scale,
+            super_res_num_inference_steps=super_res_num_inference_steps,
+        )
         own = _own_arrays(latents, image, mask_image, settings)
         with _told_where_memory_lacks(settings["width"], settings["height"]):
             requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
@@ -160,6 +173,25 @@ class Pipeline:
             )
         told = float(guidance) if self.family.defaults["guidance_embeds"] else None
         return {"guidance": check_scale(true_cfg_scale, 1), "embedded_guidance": told}
+
+    def _cascade(self, **given: float | None) -> Cascade | None:
+        """What unCLIP does around its decoder, with the model's own where it is left open."""
+        if self.family.kind != "unclip":
+            if asked := next((n for n, value in given.items() if value is not None), None):
+                raise RequestError(
+                    f"{asked}={given[asked]!r} is for unCLIP models, and this is a {self.family.kind}; leave it out"
+                )
+            return None
+        filled = {n: self.family.defaults[n] if v is None else v for n, v in given.items()}
+        steps = {n: whole_number(n, v, least=1) for n, v in filled.items() if n.endswith("steps")}
+        guidance = check_scale(filled["prior_guidance_scale"], 1)
+        if not isinstance(guidance, float | int):
+            raise RequestError(f"prior_guidance_scale={guidance!r} is not a number")
+        return Cascade(
+            steps["prior_num_inference_steps"],
+            float(guidance),
+            steps["super_res_num_inference_steps"],
+        )
 
     def _own_size(self, image: Any) -> tuple[int | None, int | None]:
         """The size of the (first) picture where the model runs it; else the model's own."""

@@ -19,6 +19,19 @@ _MOST_IMAGES = 65_536  # of one call, which has them all in memory
 Floats = NDArray[np.float32]
 
 
+# The arguments that only unCLIP takes, in the order of `Cascade`'s fields.
+CASCADE = ("prior_num_inference_steps", "prior_guidance_scale", "super_res_num_inference_steps")
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """What unCLIP does before the steps of a request, which draw the small picture, and behind them."""
+
+    prior_steps: int
+    prior_guidance: float
+    enlarging_steps: int
+
+
 @dataclass(frozen=True)
 class ImageRequest:
     """One image, with nothing left open.
@@ -26,6 +39,7 @@ class ImageRequest:
     `latents` is unit noise float32 [1, c, h/f, w/f], or None to draw it; `image` [1, h, w, 3] in 0..1 and `mask`
     [1, h, w, 1], 1 where the picture is painted anew, are what an edit begins with, `strength` the share of steps.
     `embedded_guidance` is told to models that were distilled with it; `guidance` is the extrapolation's scale.
+    `cascade` is unCLIP's.
     """
 
     prompt: str
@@ -46,6 +60,7 @@ class ImageRequest:
     prompt_weighting: bool = False
     long_prompts: bool = False
     interpolate_from: tuple[int, int] | None = None
+    cascade: Cascade | None = None
 
 
 def spread(

@@ -67,7 +67,8 @@ class T5Tokenizer:
         padding = room - len(kept)
         ids = [*(token for token, *_ in kept), self._end, *[self._padding] * padding]
         weights = [*(weight for _, weight, *_ in kept), *[1.0] * (padding + 1)]
-        return [Window(np.array([ids], np.int64), np.array(weights, np.float32))]
+        own = len(ids) - padding
+        return [Window(np.array([ids], np.int64), np.array(weights, np.float32), own)]
 
     def _encoded(self, text: str) -> Iterator[tuple[int, int]]:
         """Each piece's id, and where in the text it begins."""

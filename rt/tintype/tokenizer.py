@@ -32,10 +32,12 @@ _PIECES = (
 
 
 class Window(NamedTuple):
-    """What a text encoder reads at once: ids int64 [1, length], and each token's weight float32 [length]."""
+    """What a text encoder reads at once: ids int64 [1, length], each token's weight float32 [length], and how many of
+    them come before the padding."""
 
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
+    own: int
 
 
 class ClipTokenizer:
@@ -92,6 +94,7 @@ class ClipTokenizer:
         return Window(
             np.array([framed], np.int64),
             np.array([1.0, *weights, *[1.0] * (padding + 1)], np.float32),
+            self.length - padding,
         )
 
     def _id(self, folder: Path, token: Any) -> int:

@@ -23,7 +23,7 @@ from tintype.checkpoints import open_checkpoint
 from tintype.checkpoints.files import Weights
 from tintype.errors import BundleError, RequestError
 from tintype.models.quantised import Scheme, nearest, quantisable, replace_layers
-from tintype.models.stages import Stage
+from tintype.models.stage import Stage
 from tintype_export import bundle as exporting
 from tintype_export import profiles, quantisation, verify
 from tintype_export.bundle import ExportConfig, export_bundle

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tintype.errors import RequestError
-from tintype.models.stages import Remembering, Stage
+from tintype.models.stage import Remembering, Stage
 from tintype_kernels.choice import measuring
 
 EXECUTIONS = ("eager", "compiled", "graph")

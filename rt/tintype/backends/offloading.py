@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class SequentialOffload:
         inside = {id(table) for block in blocks for table, _ in _slots(block)}
         rest = [slot for slot in _slots(component) if id(slot[0]) not in inside]
         placed = [Placed(_slots(block), self._device, dtype) for block in blocks]
-        for block, own, after in zip(blocks, placed, [*placed[1:], None], strict=True):
+        for block, (own, after) in zip(blocks, pairwise([*placed, None]), strict=True):
             block.register_forward_pre_hook(lambda *_, a=own, b=after: self._begin(a, b))
             block.register_forward_hook(lambda *_, a=own: a.leave(), always_call=True)
         return [Placed(rest, self._device, dtype), *placed]

@@ -22,11 +22,11 @@ from tintype.checkpoints.weights import stored_type
 from tintype.errors import BackendUnavailable, CheckpointError, RequestError, TintypeError
 from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
 from tintype.models.joint import JointAttention
+from tintype.models.stage import Stage
 from tintype.models.stages import (
     STEPS,
     DecodeStage,
     EncodeImageStage,
-    Stage,
     StepStage,
     TextEncodeStage,
     build_stage,

@@ -18,8 +18,11 @@ from tintype.models.clip import (
 )
 from tintype.models.config import per_level, require_dividing
 from tintype.models.flux import FluxConfig, FluxTransformer
+from tintype.models.pixel_unet import PixelUNet, PixelUNetConfig
+from tintype.models.prior import Prior, PriorConfig
 from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.t5 import T5Config, T5Encoder
+from tintype.models.unclip_projection import UnclipProjection, UnclipProjectionConfig
 from tintype.models.unet import UNet, UNetConfig
 
 
@@ -32,6 +35,9 @@ def _vision(name: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _unet(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """diffusers has one class for latents' UNets and unCLIP's decoder."""
+    if name == "decoder":
+        return _pixel_unet(name, config)
     parsed = UNetConfig.from_json(config)
     widths = parsed.block_out_channels
     heads = per_level(parsed.attention_head_dim, len(widths))
@@ -41,6 +47,18 @@ def _unet(name: str, config: Mapping[str, Any]) -> nn.Module:
     if widths:  # between the ways down and up
         require_dividing(heads[-1], widths[-1], name)
     return UNet(parsed)
+
+
+def _pixel_unet(name: str, config: Mapping[str, Any]) -> nn.Module:
+    return PixelUNet(PixelUNetConfig.from_json(config, name))
+
+
+def _prior(_: str, config: Mapping[str, Any]) -> nn.Module:
+    return Prior(PriorConfig.from_json(config))
+
+
+def _projection(_: str, config: Mapping[str, Any]) -> nn.Module:
+    return UnclipProjection(UnclipProjectionConfig.from_json(config))
 
 
 def _t5(name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -67,6 +85,9 @@ def _vae(_: str, config: Mapping[str, Any]) -> nn.Module:
 
 _BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
     "UNet2DConditionModel": _unet,
+    "UNet2DModel": _pixel_unet,
+    "PriorTransformer": _prior,
+    "UnCLIPTextProjModel": _projection,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
     "AutoencoderKL": _vae,

@@ -38,8 +38,8 @@ class Checkpoint:
     `num_inference_steps`, `guidance_scale`, `force_zeros_for_empty_prompt`, `latent_channels`,
     `latent_factor`, `denoiser_channels` (9 where the model inpaints), and for flow transformers
     `size_multiple` (pixels), `text_width`, `pooled_width`, `text_tokens` (of T5), `guidance_embeds` and
-    `left_out`, the encoders' stages that zeros stand in for. `updates`, of low rank, are added to weights as they
-    are read.
+    `left_out`, the encoders' stages that zeros stand in for; for unCLIP what `unclip_settings` says. `updates`, of low
+    rank, are added to weights as they are read.
     """
 
     family: str
@@ -205,4 +205,52 @@ def flow_settings(
         "text_width": own("joint_attention_dim"),
         "pooled_width": own("pooled_projection_dim"),
         "guidance_embeds": embeds,
+    }
+
+
+# Steps and guidance that Karlo is published with.
+_UNCLIP: Mapping[str, Any] = {
+    "num_inference_steps": 25,
+    "guidance_scale": 8.0,
+    "prior_num_inference_steps": 25,
+    "prior_guidance_scale": 4.0,
+    "super_res_num_inference_steps": 7,
+}
+
+
+def unclip_settings(
+    configs: Mapping[str, Mapping[str, Any]], schedulers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The settings of a request to unCLIP that leaves them open: those of its stages, `embedding_width`, the
+    `context_tokens` that an image embedding becomes, `prior_scheduler`, `super_res_scheduler`, and what all have."""
+    small, large = (
+        _number_in(configs[name], name, "sample_size") for name in ("decoder", "super_res_first")
+    )
+    if large % small:
+        raise CheckpointError(
+            f"super_res_first/config.json: sample_size={large} is no multiple of the decoder's {small}"
+        )
+    pixels = _number_in(configs["decoder"], "decoder", "in_channels")
+    parts = {"decoder": "decoder_scheduler", "prior": "prior_scheduler"}
+    parts |= dict.fromkeys(("super_res_first", "super_res_last"), "super_res_scheduler")
+    for part, scheduler in parts.items():
+        learned = schedulers[scheduler].get("variance_type") == "learned_range"
+        if learned and configs[part].get("out_channels") != 2 * pixels:
+            raise CheckpointError(
+                f"{scheduler}/scheduler_config.json: variance_type='learned_range' is for models that predict it, with "
+                f"twice their pixels' {pixels} channels; the {part} does not"
+            )
+    return {
+        "height": large,
+        "width": large,
+        **_UNCLIP,
+        "latent_channels": pixels,
+        "latent_factor": large // small,
+        "denoiser_channels": pixels,
+        "embedding_width": _number_in(configs["prior"], "prior", "embedding_dim", 768),
+        "context_tokens": _number_in(
+            configs["text_proj"], "text_proj", "clip_extra_context_tokens", 4
+        ),
+        "prior_scheduler": schedulers["prior_scheduler"],
+        "super_res_scheduler": schedulers["super_res_scheduler"],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tintype.checkpoints.checkpoint import (
     default_settings,
     encoder_stage,
     flow_settings,
+    unclip_settings,
 )
 from tintype.checkpoints.files import (
     PICKLES,
@@ -78,6 +80,18 @@ _LAYOUTS = (
             "text_encoder_2": _T5,
         },
     ),
+    _Layout(
+        "unclip",
+        ("UnCLIPPipeline",),
+        {
+            "text_encoder": ("CLIPTextModelWithProjection",),
+            "prior": ("PriorTransformer",),
+            "text_proj": ("UnCLIPTextProjModel",),
+            "decoder": ("UNet2DConditionModel",),
+            "super_res_first": ("UNet2DModel",),
+            "super_res_last": ("UNet2DModel",),
+        },
+    ),
 )
 # What diffusers' pipelines set in the oldest configurations of their schedulers as they load them.
 _MENDED = {
@@ -85,6 +99,7 @@ _MENDED = {
     "StableDiffusionImg2ImgPipeline": {"steps_offset": 1, "clip_sample": False},
     "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
 }
+_UNCLIP_SCHEDULERS = ("prior_scheduler", "decoder_scheduler", "super_res_scheduler")
 # Which clip, made for pixels as they are, where their configuration does not say.
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -112,14 +127,21 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     if layout.family == "latent_unet":
         components["vae"] = _unshifted(components["vae"])
     check_widths(folder, components)
+    unclip = layout.family == "unclip"
+    schedulers = {
+        name: _scheduler(folder, name, layout.family, index)
+        for name in (_UNCLIP_SCHEDULERS if unclip else ("scheduler",))
+    }
+    own = schedulers["decoder_scheduler" if unclip else "scheduler"]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Checkpoint(
         family=layout.family,
         source=folder,
         components=components,
-        scheduler_config=_scheduler(folder, layout.family, index),
+        scheduler_config=own,
         tokenizer_folders=tuple(existing_folder(folder / name) for name in tokenizers),
-        defaults=_defaults(layout.family, components, index) | _exported_defaults(folder),
+        defaults=_defaults(layout.family, components, index, schedulers)
+        | _exported_defaults(folder),
     )
 
 
@@ -130,41 +152,68 @@ def _unshifted(vae: Component) -> Component:
 
 def check_widths(source: Path, components: Mapping[str, Component]) -> None:
     """Refuse components that do not fit one another, as far as their configurations say."""
-    denoiser, widths = _widths({name: part.config for name, part in components.items()})
-    for field, (given, giver) in widths.items():
-        asked = components[denoiser].config.get(field)
-        if isinstance(asked, int) and given and asked != given:
-            raise CheckpointError(
-                f"{source}: the {denoiser}'s {field} is {asked}, and the {giver} give {given}; the parts are of other "
-                "models"
-            )
+    configs = {name: part.config for name, part in components.items()}
+    for part, fields in _widths(configs).items():
+        for field, (given, giver) in fields.items():
+            asked = configs[part].get(field)
+            if isinstance(asked, int) and given and asked != given:
+                raise CheckpointError(
+                    f"{source}: the {part}'s {field} is {asked}, and the {giver} give {given}; the parts are of other "
+                    "models"
+                )
 
 
-def _widths(
-    configs: Mapping[str, Mapping[str, Any]],
-) -> tuple[str, dict[str, tuple[int | None, str]]]:
-    """The denoiser's name, and of its fields what the other components have there, None where they do not say."""
+# Of a component's fields, what other components have there, None where they do not say, and who they are.
+_Widths = dict[str, dict[str, tuple[int | None, str]]]
+
+
+def _widths(configs: Mapping[str, Mapping[str, Any]]) -> _Widths:
+    if "prior" in configs:
+        return _unclip_widths(configs)
     encoders = [config for name, config in configs.items() if name.startswith("text_encoder")]
     t5 = [config for config in encoders if "d_model" in config]
     clips = [config for config in encoders if "d_model" not in config]
     if "unet" in configs:
         unet, last = configs["unet"], _total(encoders[-1:], "projection_dim")
         sizes = 6 * (unet.get("addition_time_embed_dim") or 0)  # of picture, crop and aim
-        return "unet", {
-            "cross_attention_dim": (_total(encoders, "hidden_size"), "text encoders"),
-            "out_channels": (_total([configs["vae"]], "latent_channels"), "VAE"),
-            "projection_class_embeddings_input_dim": (
-                sizes + last if sizes and last else None,
-                "last text encoder and the sizes",
-            ),
+        return {
+            "unet": {
+                "cross_attention_dim": (_total(encoders, "hidden_size"), "text encoders"),
+                "out_channels": (_total([configs["vae"]], "latent_channels"), "VAE"),
+                "projection_class_embeddings_input_dim": (
+                    sizes + last if sizes and last else None,
+                    "last text encoder and the sizes",
+                ),
+            }
         }
     # FLUX reads what its one CLIP pooled, SD3 the projections of both; one that is left out says nothing.
     alone = "num_single_layers" in configs["transformer"]
     whole = len(clips) == (1 if alone else 2)
     pooled = _total(clips, "hidden_size" if alone else "projection_dim")
-    return "transformer", {
-        "joint_attention_dim": (_total(t5, "d_model") if t5 else None, "words of T5"),
-        "pooled_projection_dim": (pooled if whole else None, "CLIPs' pooled texts"),
+    return {
+        "transformer": {
+            "joint_attention_dim": (_total(t5, "d_model") if t5 else None, "words of T5"),
+            "pooled_projection_dim": (pooled if whole else None, "CLIPs' pooled texts"),
+        }
+    }
+
+
+def _unclip_widths(configs: Mapping[str, Mapping[str, Any]]) -> _Widths:
+    text, prior, projection, decoder = (
+        partial(_total, [configs[name]])
+        for name in ("text_encoder", "prior", "text_proj", "decoder")
+    )
+    pixels = decoder("in_channels")
+    beside = (pixels and 2 * pixels, "noisy and the decoder's pixels")
+    return {
+        "text_encoder": {"projection_dim": (text("hidden_size"), "hidden states")},
+        "prior": {"embedding_dim": (text("projection_dim"), "text encoder's embeddings")},
+        "text_proj": {"clip_embeddings_dim": (prior("embedding_dim"), "prior's embeddings")},
+        "decoder": {
+            "cross_attention_dim": (projection("cross_attention_dim"), "text_proj's tokens")
+        },
+        "super_res_first": {"in_channels": beside},
+        "super_res_last": {"in_channels": beside},
     }
 
 
@@ -198,16 +247,25 @@ def _classes(family: str) -> Mapping[str, tuple[str, ...]]:
     return next(layout.classes for layout in _LAYOUTS if layout.family == family)
 
 
-def _scheduler(folder: Path, family: str, index: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduler(folder: Path, name: str, family: str, index: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler that the index names, as its folder and the published pipelines configure it."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = read_json(folder / name / "scheduler_config.json")
     # A scheduler may lie there as another one was configured: diffusers goes by the index.
-    named = index.get("scheduler")
+    named = index.get(name)
     if isinstance(named, list) and named and named[-1]:
         config = {**config, "_class_name": named[-1]}
+    if config.get("_class_name") == "UnCLIPScheduler":
+        return _as_ddpm(config)
     if family == "latent_unet" and config.get("_class_name") in _CLIPPING:
         config = {"clip_sample": True, **config}
     return scheduler_config(config | _MENDED.get(index["_class_name"], {}), family)
+
+
+def _as_ddpm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """unCLIP's scheduler, which is DDPM's with settings of its own."""
+    usual = {"clip_sample": True, "variance_type": "fixed_small_log"}
+    own = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}
+    return {**usual, **config, **own, "_class_name": "DDPMScheduler"}
 
 
 def scheduler_config(config: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -217,8 +275,13 @@ def scheduler_config(config: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def _defaults(
-    family: str, components: Mapping[str, Component], index: Mapping[str, Any]
+    family: str,
+    components: Mapping[str, Component],
+    index: Mapping[str, Any],
+    schedulers: Mapping[str, Any],
 ) -> dict[str, Any]:
+    if family == "unclip":
+        return unclip_settings({n: part.config for n, part in components.items()}, schedulers)
     vae = components["vae"].config
     if family != "latent_unet":
         # One that is named and null was left out; one that is not named the model never had.

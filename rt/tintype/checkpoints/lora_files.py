@@ -14,7 +14,13 @@ from functools import cached_property, partial
 from math import isfinite, prod
 from pathlib import Path
 
-from tintype.checkpoints.files import Target, Translate, check_pickle, safetensors_shapes
+from tintype.checkpoints.files import (
+    Target,
+    Translate,
+    check_pickle,
+    safetensors_shapes,
+    same_name,
+)
 from tintype.checkpoints.original_flow_keys import flux_key, sd3_key
 from tintype.checkpoints.original_keys import unet_key
 from tintype.errors import CheckpointError, RequestError
@@ -23,7 +29,7 @@ _KOHYA = re.compile(
     r"lora_(unet|transformer|te1|te2|te)_(.+?)\.(lora_down\.weight|lora_up\.weight|alpha)"
 )
 _DIFFUSERS = re.compile(
-    r"(?:(unet|transformer|text_encoder(?:_2)?)\.)?(.+?)"
+    r"(?:(unet|transformer|prior|decoder|text_encoder(?:_2)?)\.)?(.+?)"
     r"\.(?:processor\.)?(?:(to_[qkv]|to_out)_lora\.)?"
     r"(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up|lora_linear_layer\.down|lora_linear_layer\.up|alpha)"
     r"(?:\.default)?(?:\.weight)?"
@@ -88,12 +94,14 @@ class Updatable:
     @property
     def denoiser(self) -> str:
         """The component that a file means where it names none."""
-        return "transformer" if "transformer" in self.components else "unet"
+        return next(n for n in ("transformer", "decoder", "unet") if n in self.components)
 
     @cached_property
     def original_keys(self) -> Translate:
         """The translation of the original layout of the denoiser."""
         names = self.shapes(self.denoiser)
+        if self.denoiser == "decoder":  # unCLIP's, of whose original layout no updates are known
+            return same_name
         if self.denoiser == "unet":
             return partial(unet_key, layers=_count("down_blocks.0.resnets", names))
         if self.family == "flux":

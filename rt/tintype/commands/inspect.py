@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "engines": {
             gpu: f"{entry['package']} {entry['version']}" for gpu, entry in bundle.engines.items()
         },
-        "defaults": bundle.defaults,
+        "defaults": _settings(bundle.defaults),
         "scheduler": bundle.scheduler.get("_class_name"),
     }
 
@@ -122,9 +123,14 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "path": str(path),
         "family": checkpoint.family,
         "components": {name: part.architecture for name, part in checkpoint.components.items()},
-        "defaults": checkpoint.defaults,
+        "defaults": _settings(checkpoint.defaults),
         "scheduler": checkpoint.scheduler_config.get("_class_name"),
     }
+
+
+def _settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no configuration of its own, as those of unCLIP's further schedulers are."""
+    return {name: value for name, value in defaults.items() if not isinstance(value, dict)}
 
 
 def _choice(kind: str) -> dict[str, str | None]:

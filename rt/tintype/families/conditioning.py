@@ -1,9 +1,9 @@
-"""The text side of latent diffusion: prompts to what the denoiser is told, by up to three encoders."""
+"""The text side of every family: prompts to what the denoiser is told, by up to three encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +31,14 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about a prompt: hidden states [1, t, d] and, for XL, pooled [1, p]."""
+    """What the denoiser is told about a prompt: hidden states [1, t, d] and, for XL, pooled [1, p].
+
+    `own` [1, t], for unCLIP, is 1 where a token is the text's and not padding.
+    """
 
     hidden: Floats
     pooled: Floats | None = None
+    own: Floats | None = None
 
     def zeros(self) -> Conditioning:
         """The blank that XL was trained with in place of a negative prompt."""
@@ -96,17 +100,18 @@ class TextSide:
             self._check_windows(prompt, len(windows))
             encoded = [self._window(stage, window, tokenizer) for window in windows]
             hidden = np.concatenate([each.hidden for each in encoded], axis=1)
-            parts[stage] = Conditioning(hidden, encoded[0].pooled)
+            parts[stage] = Conditioning(hidden, encoded[0].pooled, encoded[0].own)
         return joined(self.family, parts, self.defaults)
 
     def _window(self, stage: str, window: Window, tokenizer: TextTokenizer) -> Conditioning:
         """One window through one encoder; a weight moves a token's states away from the empty prompt's, or towards."""
-        encoded = self._stage(stage, window.ids)
+        own = np.float32(np.arange(len(window.weights)) < window.own)[None]
+        encoded = replace(self._stage(stage, window.ids), own=own)
         if (window.weights == 1).all():
             return encoded
         blank = self._stage(stage, tokenizer("")).hidden
         weights = window.weights[None, :, None]
-        return Conditioning(blank + weights * (encoded.hidden - blank), encoded.pooled)
+        return replace(encoded, hidden=blank + weights * (encoded.hidden - blank))
 
     def _stage(self, stage: str, ids: NDArray[np.int64]) -> Conditioning:
         outputs = self.backend.run(stage, self.profile(stage), {"input_ids": ids})
@@ -173,8 +178,14 @@ def _pooled_and_t5(parts: Mapping[str, Conditioning], _: Mapping[str, Any]) -> C
     return Conditioning(parts["encode_2"].hidden, parts["encode"].pooled)
 
 
+def _of_one(parts: Mapping[str, Conditioning], _: Mapping[str, Any]) -> Conditioning:
+    """unCLIP: its one encoder's."""
+    return parts["encode"]
+
+
 _JOINED: dict[str, Callable[[Mapping[str, Conditioning], Mapping[str, Any]], Conditioning]] = {
     "latent_unet": _side_by_side,
     "sd3": _clips_then_t5,
     "flux": _pooled_and_t5,
+    "unclip": _of_one,
 }

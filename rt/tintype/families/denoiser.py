@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,69 @@ from tintype.request import ImageRequest
 from tintype.sampling import Predict
 
 Floats = NDArray[np.float32]
+Told = Mapping[str, NDArray[Any]]
 Texts = tuple[
     Conditioning | None, Conditioning
 ]  # unconditional where guidance applies, conditional
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Runs a stage for pictures of a size, with as many rows as are asked for."""
+
+    backend: Backend
+    stage: str
+    width: int
+    height: int
+
+    @property
+    def batches(self) -> list[int] | None:
+        """The batch sizes that there are, or None for any."""
+        profiles = picture_profiles(self.backend, self.stage)
+        if profiles is None:
+            return None
+        size = (self.width, self.height)
+        return [p.batch for p in profiles if (p.width, p.height) == size]
+
+    def profiles(self, rows: int) -> list[Profile]:
+        """The profiles that run this many rows, one after the other; the last may have rows to spare."""
+        return [Profile(self.width, self.height, count) for count in cut(rows, self.batches)]
+
+    def run(self, profiles: Sequence[Profile], inputs: Told) -> Floats:
+        """The model's output for all rows, through one profile after the other."""
+        rows = len(inputs["sample"])
+        if profiles[0].batch == rows:
+            return self._output(profiles[0], inputs)
+        begin, outputs = 0, []
+        for profile in profiles:  # the last is filled up with its last row
+            index = np.minimum(np.arange(begin, begin + profile.batch), rows - 1)
+            output = self._output(profile, {name: array[index] for name, array in inputs.items()})
+            outputs.append(output[: rows - begin])
+            begin += profile.batch
+        return np.concatenate(outputs)
+
+    def predictor(self, alone: Told, both: Told, shown: Floats | None = None) -> Predict:
+        """A function (x, timestep, guided) of what is told without guidance and, [unconditional, conditional], with
+        it; `shown` are further channels of each picture."""
+        doubled = None if shown is None else np.concatenate([shown, shown])
+
+        def predict(x: Floats, timestep: float, guided: bool) -> tuple[Floats, Floats | None]:
+            count = len(x)
+            if not guided:
+                return run(x, timestep, alone, shown), None
+            output = run(np.concatenate([x, x]), timestep, both, doubled)
+            return output[count:], output[:count]
+
+        def run(x: Floats, timestep: float, told: Told, beside: Floats | None) -> Floats:
+            sample = x if beside is None else np.concatenate([x, beside], axis=1)
+            times = np.full(len(x), timestep, np.float32)
+            return self.run(profiles(len(x)), {"sample": sample, "timestep": times, **told})
+
+        profiles = cache(self.profiles)
+        return predict
+
+    def _output(self, profile: Profile, inputs: Told) -> Floats:
+        return self.backend.run(self.stage, profile.name, inputs)["model_output"]
 
 
 @dataclass(frozen=True)
@@ -29,28 +90,19 @@ class Denoiser:
     backend: Backend
     family: str
 
-    def most(self, request: ImageRequest, rows: int) -> int | None:
-        """How many pictures of so many rows each one run holds, at least one; None where nothing sets a limit."""
-        batches = self._batches(request)
-        return None if batches is None else max(1, max(batches) // rows)
-
-    def _batches(self, request: ImageRequest) -> list[int] | None:
-        """The batch sizes that there are at the request's size, or None for any."""
+    def rows(self, request: ImageRequest) -> Rows:
+        """The stage at the request's size."""
         if "denoise" not in self.backend.stages:
             raise RequestError(
                 "masks, rescaled or projected guidance and the schedulers pndm and those with thresholds need the "
                 "plain denoiser, which has no engine here; export with --plain, or ask for something else"
             )
-        profiles = picture_profiles(self.backend, "denoise")
-        if profiles is None:
-            return None
-        size = (request.width, request.height)
-        return [p.batch for p in profiles if (p.width, p.height) == size]
+        return Rows(self.backend, "denoise", request.width, request.height)
 
-    def profiles(self, request: ImageRequest, rows: int) -> list[Profile]:
-        """The profiles that run this many rows, one after the other; the last may have rows to spare."""
-        counts = cut(rows, self._batches(request))
-        return [Profile(request.width, request.height, count) for count in counts]
+    def most(self, request: ImageRequest, rows: int) -> int | None:
+        """How many pictures of so many rows each one run holds, at least one; None where nothing sets a limit."""
+        batches = self.rows(request).batches
+        return None if batches is None else max(1, max(batches) // rows)
 
     def predictor(
         self, request: ImageRequest, texts: Sequence[Texts], shown: Floats | None
@@ -58,49 +110,9 @@ class Denoiser:
         """A function (x, timestep, guided) for the pictures of these texts; `shown` are further channels for each."""
         conditional = [pair[1] for pair in texts]
         unconditional = [pair[0] for pair in texts if pair[0] is not None]
-        alone = self._runner(request, conditional, shown)
-        doubled = None if shown is None else np.concatenate([shown, shown])
-        both = self._runner(request, [*unconditional, *conditional], doubled)
-        count = len(texts)
-
-        def predict(x: Floats, timestep: float, guided: bool) -> tuple[Floats, Floats | None]:
-            if not guided:
-                return alone(x, timestep), None
-            output = both(np.concatenate([x, x]), timestep)
-            return output[count:], output[:count]
-
-        return predict
-
-    def _runner(
-        self, request: ImageRequest, texts: Sequence[Conditioning], shown: Floats | None
-    ) -> Callable[[Floats, float], Floats]:
-        """A function (x [rows, c, h, w], timestep) -> the output for a row of each text."""
-        rows = len(texts)
-        inputs = text_inputs(request, texts, self.family)
-        profiles = self.profiles(request, rows)
-
-        def run(x: Floats, timestep: float) -> Floats:
-            sample = x if shown is None else np.concatenate([x, shown], axis=1)
-            told = np.full(rows, timestep, np.float32)
-            given = {"sample": sample, "timestep": told, **inputs}
-            if profiles[0].batch == rows:
-                return self.backend.run("denoise", profiles[0].name, given)["model_output"]
-            return self._run_in_parts(profiles, given)
-
-        return run
-
-    def _run_in_parts(
-        self, profiles: Sequence[Profile], inputs: Mapping[str, NDArray[Any]]
-    ) -> Floats:
-        """Rows through one profile after the other; the last is filled up with its last row."""
-        rows, begin, outputs = len(inputs["sample"]), 0, []
-        for profile in profiles:
-            index = np.minimum(np.arange(begin, begin + profile.batch), rows - 1)
-            part = {name: array[index] for name, array in inputs.items()}
-            output = self.backend.run("denoise", profile.name, part)["model_output"]
-            outputs.append(output[: rows - begin])
-            begin += profile.batch
-        return np.concatenate(outputs)
+        alone = text_inputs(request, conditional, self.family)
+        both = text_inputs(request, [*unconditional, *conditional], self.family)
+        return self.rows(request).predictor(alone, both, shown)
 
 
 def picture_profiles(backend: Backend, stage: str) -> list[Profile] | None:

@@ -9,9 +9,7 @@ time_ids, guidance) -> model_output [b, c, h, w]; `decode` latents [1, c, h, w] 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,11 +18,12 @@ from numpy.typing import NDArray
 
 from tintype.backends import Backend
 from tintype.backends.compiled import memory
-from tintype.errors import ProfileError, RequestError
+from tintype.errors import CheckpointError, ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
 from tintype.families.denoiser import Denoiser, Texts, picture_profiles
 from tintype.families.editing import Edit, mask_latents, masked
 from tintype.families.stepping import OnStep, Stepper, stages
+from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
 from tintype.images import resize_latents
 from tintype.noise import initial_noise
@@ -34,7 +33,6 @@ from tintype.sampling import StepNoise, require_finite, walk
 from tintype.schedulers import Table, make_table
 
 Floats = NDArray[np.float32]
-Timings = dict[str, float]
 _PIXEL = 12  # bytes, of three channels in float32
 _MOST_IMAGES = 8  # that are walked together where nothing else sets a limit
 
@@ -235,7 +233,13 @@ class LatentDiffusion:
         # Clipping to -1..1 is for pixels; latents go further, and their configs need not say so.
         config = {"clip_sample": False, **self.scheduler_config}
         tokens = request.width * request.height // self.multiple**2
-        return make_table(request.scheduler, config, request.steps, start=start, tokens=tokens)
+        table = make_table(request.scheduler, config, request.steps, start=start, tokens=tokens)
+        if table.log_spread is not None:
+            raise CheckpointError(
+                "scheduler config: variance_type='learned_range' is for denoisers that predict it, and this one does "
+                "not; choose another scheduler"
+            )
+        return table
 
     def _denoising(
         self, request: ImageRequest, table: Table, guidance: Guidance
@@ -244,7 +248,7 @@ class LatentDiffusion:
         whole = self.stepper.profile(request, table, guidance, 1)
         if whole is not None:
             return [(stage, whole.name) for stage in stages(guidance)]
-        profiles = self.denoiser.profiles(request, 2 if guidance.applies else 1)
+        profiles = self.denoiser.rows(request).profiles(2 if guidance.applies else 1)
         return [("denoise", profile.name) for profile in profiles]
 
     def _start(self, request: ImageRequest) -> int:
@@ -307,7 +311,7 @@ class LatentDiffusion:
         seeds = [request.seed for request in requests]
         unit = np.stack(
             [
-                initial_noise(request.seed, shape, renewed=offset > 0)
+                initial_noise(request.seed, shape, "renewed" if offset else "picture")
                 if request.latents is None
                 else request.latents[0]
                 for request in requests
@@ -339,13 +343,3 @@ def _passes(request: ImageRequest) -> list[ImageRequest]:
 
 def _first_size(request: ImageRequest) -> tuple[int, int]:
     return request.interpolate_from or (request.width, request.height)
-
-
-@contextmanager
-def timed(timings: Timings, name: str) -> Iterator[None]:
-    """Add the seconds that the block takes to `timings[name]`."""
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        timings[name] = timings.get(name, 0.0) + time.perf_counter() - begin

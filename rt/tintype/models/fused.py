@@ -158,24 +158,41 @@ def join_tokens(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of [n, heads, tokens, dim]: the library's, unless ours was measured to be faster."""
-    if _serves(q) and not (_differentiable(q, k, v) or torch.compiler.is_compiling()):
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of [n, heads, tokens, dim]: the library's, unless ours was measured to be faster.
+
+    A `bias`, of which the scores' [n, heads, queries, keys] are an expansion, is added to them, and is the library's to
+    serve.
+    """
+    if (
+        bias is None
+        and _serves(q)
+        and not (_differentiable(q, k, v) or torch.compiler.is_compiling())
+    ):
         from tintype_kernels.ops import attention as op
 
         if op.is_preferred(q, k, v):
             return op.attention(q, k, v)
     if torch.compiler.is_exporting():
-        return _plain_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+        return _plain_attention(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def bias_of_unread(read: Tensor) -> Tensor:
+    """What to add to scores [n, heads, queries, keys] so that only keys count whose `read` is 1 and not 0, [n, keys] or
+    [n, queries, keys]."""
+    by_query = read[:, None] if read.dim() == 2 else read
+    return ((1 - by_query) * -1e4)[:, None]
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention as engines know it best: q alone is scaled, and k, split into heads, turned by one transposition.
 
     What PyTorch makes of it scales both, and turns k three times.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
     return scores.softmax(dim=-1) @ v
 
 

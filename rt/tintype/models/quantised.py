@@ -37,7 +37,8 @@ _ACTIVATIONS = ("none", "static", "dynamic")
 # their published names: little work, and all the others depend on them.
 _GATES = (
     "conv_in", "conv_out", "time_embedding", "add_embedding", "pos_embed", "x_embedder", "context_embedder",
-    "time_text_embed", "norm_out", "proj_out", "post_quant_conv",
+    "time_text_embed", "norm_out", "proj_out", "post_quant_conv", "proj_in", "embedding_proj",
+    "proj_to_clip_embeddings",
 )  # fmt: skip
 _TIME = "time_emb_proj"  # of every residual block: one row of work
 # A latent UNet's self-attention, whose queries and keys go from these layers into their product as they are.

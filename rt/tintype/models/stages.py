@@ -1,6 +1,4 @@
-"""The stages of a latent diffusion pipeline as modules: what a backend runs and what an engine is exported from.
-
-Faces are the same at every precision: float32 arrays (int64 token ids) in and out, cast to the weights' type inside.
+"""The stages of a latent diffusion pipeline as modules, and of which stages a checkpoint is made.
 
     encode        input_ids [n, t]                              -> encoder_hidden_states [n, t, d]
     encode_2      input_ids [n, t] of the second tokenizer      -> encoder_hidden_states [n, t, d2], text_embeds [n, p]
@@ -14,12 +12,12 @@ Faces are the same at every precision: float32 arrays (int64 token ids) in and o
     encode_image  image [n, 8h, 8w, 3] in 0..1                  -> latents [n, c, h, w]
 
 Each text encoder is a stage of its own (`encode`, `encode_2`, `encode_3`), because their tokens differ; the family
-joins what they give. Latents are scaled to the unit variance that the denoiser works on.
+joins what they give. Latents are scaled to the unit variance that the denoiser works on. unCLIP's other stages are in
+`unclip_stages`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal
@@ -33,55 +31,14 @@ from tintype.models.flux import FluxTransformer
 from tintype.models.fused import scheduler_step
 from tintype.models.joint import modulations
 from tintype.models.sd3 import SD3Transformer
+from tintype.models.stage import Remembering, Stage
 from tintype.models.t5 import T5Encoder
+from tintype.models.unclip_stages import CASCADE, cascade_stage
 from tintype.models.unet import UNet
 
 Hidden = Literal["last", "penultimate"]
 _ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
 STEPS = {"step": False, "guided_step": True}
-
-
-class Stage(nn.Module):
-    """A pure function of named arrays; ``inputs`` and ``outputs`` are the names in the order of ``forward``."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights."""
-        return next(self.parameters()).dtype
-
-
-class Remembering(Stage, ABC):
-    """A stage that also goes in three: `remember`, of what it is told behind its first ``changing`` inputs and is the
-    same at every step of a picture; `at`, of what that gives and of times, which are known before; and `recall`, of
-    both and of the changing inputs."""
-
-    changing: int
-
-    @property
-    def remembers(self) -> bool:
-        """Whether it may go so as it is set up."""
-        return True
-
-    @abstractmethod
-    def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
-        """What is the same at every step."""
-
-    @abstractmethod
-    def time(self, *changing: Tensor) -> Tensor:
-        """Of changing inputs the times [n] at which they stand."""
-
-    @abstractmethod
-    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
-        """What each of the times [s, n] tells n rows, [s, n, c] for each layer that reads times."""
-
-    @abstractmethod
-    def recall(
-        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], *changing: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
-        """The outputs; ``told`` is what `at` gives for the time of the changing inputs, [n, c] for each layer."""
 
 
 class TextEncodeStage(Stage):
@@ -347,14 +304,23 @@ class EncodeImageStage(Stage):
         return self.vae.to_model(mean.float())
 
 
+def _is_cascade(components: Collection[str]) -> bool:
+    """Whether these are unCLIP's."""
+    return "prior" in components
+
+
 def stage_names(components: Collection[str]) -> tuple[str, ...]:
     """The stages of a checkpoint with these components, in the order in which they run."""
+    if _is_cascade(components):
+        return ("encode", *CASCADE)
     encoders = [name for name in _ENCODERS if _ENCODERS[name] in components]
     return (*encoders, "denoise", *STEPS, "decode", "encode_image")
 
 
 def stage_component(name: str, components: Collection[str]) -> str:
     """The one component that stage ``name`` is made of."""
+    if _is_cascade(components):
+        return CASCADE.get(name, _ENCODERS["encode"])
     if name == "denoise" or name in STEPS:
         return "transformer" if "transformer" in components else "unet"
     return _ENCODERS.get(name, "vae")
@@ -369,6 +335,8 @@ def build_stage(
         return _text_stage(name, components, component(part))
     if name in STEPS:
         return step_stage(name, build_stage("denoise", components, component))
+    if _is_cascade(components):
+        return cascade_stage(name, component(part))
     if name == "denoise":
         return (FlowDenoiseStage if part == "transformer" else DenoiseStage)(component(part))
     return {"decode": DecodeStage, "encode_image": EncodeImageStage}[name](component(part))
@@ -380,9 +348,12 @@ def step_stage(name: str, denoise: Remembering) -> StepStage:
 
 
 def _text_stage(name: str, components: Collection[str], encoder: nn.Module) -> Stage:
-    """SD 1 and 2 condition on CLIP's last layer; whoever has more encoders, on the penultimate ones and pooled text."""
+    """SD 1 and 2 condition on CLIP's last layer; whoever has more encoders, on the penultimate ones and pooled text;
+    unCLIP on the last and pooled text."""
     if isinstance(encoder, T5Encoder):
         return T5EncodeStage(encoder)
+    if _is_cascade(components):
+        return TextEncodeStage(encoder, "last", pooled=True)
     if "transformer" in components:
         return TextEncodeStage(encoder, "penultimate", pooled=True)
     alone = "text_encoder_2" not in components

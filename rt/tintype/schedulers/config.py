@@ -37,7 +37,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "time_shift_type": ("exponential", "linear"),
     "flow_last_time": ("training", "step"),
     "timestep_spacing": (None, "leading", "trailing", "linspace"),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
 }
 _MOST_TIMES = 100_000  # a hundred times what models are trained on; tables are as long
 _SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")

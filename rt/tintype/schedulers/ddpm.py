@@ -1,4 +1,8 @@
-"""DDPM's ancestral sampling over any falling choice of training steps (Ho et al., NeurIPS 2020, equation 7)."""
+"""DDPM's ancestral sampling over any falling choice of training steps (Ho et al., NeurIPS 2020, equation 7).
+
+A model may say itself how much noise a step should add, between the two bounds that theory gives (Nichol and Dhariwal,
+ICML 2021, equation 15).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from tintype.schedulers.grids import training_steps
 from tintype.schedulers.predict import clean_weights
 from tintype.schedulers.table import Table
 
+_LEAST = 1e-20  # a variance, whose logarithm is taken
+
 
 def ddpm(config: ScheduleConfig, plan: Plan) -> Table:
     """h keeps x0, clipped; x moves to the mean of what is known of the step before, given x and x0, plus noise."""
@@ -17,8 +23,11 @@ def ddpm(config: ScheduleConfig, plan: Plan) -> Table:
     then = np.append(now[1:], 1.0)
     beta = 1 - now / then
     u_x, u_m = clean_weights(config.prediction_type, np.sqrt(now), np.sqrt(1 - now))
-    variance = beta if config.variance_type == "fixed_large" else beta * (1 - then) / (1 - now)
-    spread = np.sqrt(variance)
+    least = beta * (1 - then) / (1 - now)
+    learned = config.variance_type == "learned_range"
+    spread = np.sqrt(beta if config.variance_type == "fixed_large" else least)
+    if learned:
+        spread = np.ones_like(spread)
     # The last step ends in a picture and adds no noise; the larger variance leaves its noise out at step zero alone.
     if config.variance_type != "fixed_large" or times[-1] == 0:
         spread[-1] = 0.0
@@ -32,6 +41,7 @@ def ddpm(config: ScheduleConfig, plan: Plan) -> Table:
         a=np.sqrt(now / then) * (1 - then) / (1 - now),
         b=(np.sqrt(then) * beta / (1 - now))[:, None],
         s=spread,
+        log_spread=np.log(np.maximum([least, beta], _LEAST).T) / 2 if learned else None,
         signal=np.sqrt(every),
         noise=np.sqrt(1 - every),
         clip=config.clip(default=True),

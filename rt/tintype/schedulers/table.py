@@ -3,6 +3,7 @@
 At step i, with g the guided model output:
 `h = u_x[i]*x + u_m[i]*g` (clipped where the model asks for it), then
 `x <- a[i]*x + c[i]*g + sum_k b[i,k]*h_of_k_steps_ago + s[i]*noise`.
+Of a model that says itself how much noise it wants, s is 1 and the noise is scaled element by element.
 
 Methods with two evaluations a step or a corrector need no slot for an earlier x: each update is linear in x, h and
 noise, so the earlier x is what the update's inverse gives, and the table holds the product of the two.
@@ -40,6 +41,8 @@ class Table:
     s: Float64 | None = None  # None: zeros
     # The noise of step i is carry[i, 0] * that of step i - 1 + carry[i, 1] * new noise; [steps, 2]; None: all new.
     carry: Float64 | None = None
+    # The logarithms that s lies between where the model says how much noise to add, of further channels; [steps, 2].
+    log_spread: Float64 | None = None
     init_scale: float = 1.0  # sampling from nothing starts at init_scale * unit noise
     clip: float | None = None
     threshold: tuple[float, float] | None = None

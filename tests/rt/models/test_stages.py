@@ -11,7 +11,8 @@ import torch
 
 import small_checkpoints
 from tintype.checkpoints import Checkpoint, open_checkpoint
-from tintype.models.stages import STEPS, Stage, build_stage, stage_names
+from tintype.models.stage import Stage
+from tintype.models.stages import STEPS, build_stage, stage_names
 from tintype.tokenizer import ClipTokenizer
 from tolerances import MODULE_FP32, relative_error
 

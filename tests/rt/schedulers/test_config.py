@@ -83,7 +83,7 @@ def test_step_counts_out_of_range(name, steps):
         ("prediction_type", "score"),
         ("timestep_spacing", "random"),
         ("final_sigmas_type", "sigma_min"),
-        ("variance_type", "learned_range"),
+        ("variance_type", "learned"),
         ("solver_order", 4),
         ("predict_x0", False),
         ("timestep_type", "continuous"),

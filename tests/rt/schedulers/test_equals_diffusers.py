@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from diffusers_schedulers import CLASSES, DIFFUSION, SD1, compare, configured
+import tintype
+from diffusers_schedulers import CLASSES, DIFFUSION, SD1, compare, configured, injected_noise
 from tintype.errors import CheckpointError, RequestError
+from tintype.sampling import spread
 from tintype.schedulers import ScheduleConfig, make_table
 from tintype.schedulers.betas import BETAS
+from tintype_kernels import scheduler_step
 from tolerances import DIFFUSERS_SIGMAS, RESCALED_SCHEDULE, SCHEDULER_STEP, relative_error
 
 STEPS = [1, 2, 5, 20, 50, 1000]
@@ -38,6 +43,38 @@ def test_steps_spacings_and_predictions(name, steps, spacing, prediction):
     if name == "pndm":
         fields["skip_prk_steps"] = True
     compare(name, fields, steps)
+
+
+# Trailing steps end above time zero, where diffusers leaves noise in the picture.
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("steps", STEPS)
+def test_noise_that_a_model_asks_for(steps, spacing):
+    """In further channels, from -1 to 1; what it asks for is between what theory gives."""
+    fields = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range"}
+    config, theirs = configured("ddpm", {**fields, "timestep_spacing": spacing})
+    table = make_table("ddpm", config, steps)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    theirs.set_timesteps(steps)
+    rng, shape = np.random.default_rng(steps), (1, 2, 3, 4)
+    x = rng.standard_normal(shape)
+    with injected_noise(theirs) as injected:
+        for step, row in enumerate(table.rows):
+            m, noise, wanted = (rng.standard_normal(shape) for _ in range(3))
+            wanted = np.tanh(wanted)
+            injected[:] = [None, torch.from_numpy(noise)]
+            output = torch.from_numpy(np.concatenate([m, wanted], axis=1))
+            expected = theirs.step(output, theirs.timesteps[step], torch.from_numpy(x)).prev_sample
+            drawn = noise * spread(wanted, table.log_spread[step]) if row.s else None
+            x, _ = scheduler_step(x, m, None, [], row, drawn)
+            assert relative_error(x, expected) < SCHEDULER_STEP, f"step {step}"
+
+
+def test_a_denoiser_that_asks_for_no_noise_is_refused_such_a_scheduler():
+    pipeline = tintype.load("postcard")
+    config = {**pipeline.family.scheduler_config, "variance_type": "learned_range"}
+    changed = replace(pipeline, family=replace(pipeline.family, scheduler_config=config))
+    with pytest.raises(CheckpointError, match="variance_type='learned_range' is for denoisers"):
+        changed("red", scheduler="ddpm")
 
 
 @pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])

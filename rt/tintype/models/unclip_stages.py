@@ -1,0 +1,138 @@
+"""unCLIP's stages behind the text encoder's, as modules: a prior, and pixels drawn and enlarged.
+
+    prior         sample [n, e], timestep [n], encoder_hidden_states [n, t, e], text_embeds [n, e], text_mask [n, t]
+                                                              -> model_output [n, e]
+    embed         latents [n, e], where the prior's steps end   -> image_embeds [n, e]
+    project       image_embeds [n, e], shown [n], encoder_hidden_states [n, t, e], text_embeds [n, e]
+                                                              -> context [n, k, d], added [n, m]
+    denoise       sample [n, 3, h, w], timestep [n], context [n, k, d], context_mask [n, k], added [n, m]
+                                                              -> model_output [n, 6, h, w]
+    enlarge       sample [n, 6, H, W], timestep [n]             -> model_output [n, 3, H, W]
+    enlarge_last  the same, for the last step
+
+Masks are 1 where a token is read; ``shown`` is 0 where the image embedding is not, for guidance. What enlarges sees
+noisy pixels and, behind them, the small picture at the large size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tintype.models.pixel_unet import PixelUNet
+from tintype.models.prior import Prior
+from tintype.models.stage import Stage
+from tintype.models.unclip_projection import UnclipProjection
+
+# The component of each stage, in the order in which they run.
+CASCADE = {
+    "prior": "prior",
+    "embed": "prior",
+    "project": "text_proj",
+    "denoise": "decoder",
+    "enlarge": "super_res_first",
+    "enlarge_last": "super_res_last",
+}
+
+
+class PriorStage(Stage):
+    """A noisy image embedding, time and text -> the clean one."""
+
+    inputs = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "text_mask")
+    outputs = ("model_output",)
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        text_mask: Tensor,
+    ) -> Tensor:
+        told = (each.to(self.dtype) for each in (encoder_hidden_states, text_embeds, text_mask))
+        return self.prior(sample.to(self.dtype), timestep, *told).float()
+
+
+class EmbedStage(Stage):
+    """Where the prior's steps end -> an image embedding of CLIP's."""
+
+    inputs = ("latents",)
+    outputs = ("image_embeds",)
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.prior.embedded(latents.to(self.dtype)).float()
+
+
+class ProjectStage(Stage):
+    """Image embedding and text -> what the decoder is told."""
+
+    inputs = ("image_embeds", "shown", "encoder_hidden_states", "text_embeds")
+    outputs = ("context", "added")
+
+    def __init__(self, projection: UnclipProjection) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(
+        self,
+        image_embeds: Tensor,
+        shown: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        told = (image_embeds, shown, encoder_hidden_states, text_embeds)
+        context, added = self.projection(*(each.to(self.dtype) for each in told))
+        return context.float(), added.float()
+
+
+class PixelDenoiseStage(Stage):
+    """Noisy pixels, time and context -> the noise in them, and how much a step should add."""
+
+    inputs = ("sample", "timestep", "context", "context_mask", "added")
+    outputs = ("model_output",)
+
+    def __init__(self, unet: PixelUNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, context: Tensor, context_mask: Tensor, added: Tensor
+    ) -> Tensor:
+        tokens = (context.to(self.dtype), context_mask)
+        return self.unet(sample.to(self.dtype), timestep, tokens, added.to(self.dtype)).float()
+
+
+class EnlargeStage(Stage):
+    """Noisy pixels beside the small picture, and time -> the noise in them."""
+
+    inputs = ("sample", "timestep")
+    outputs = ("model_output",)
+
+    def __init__(self, unet: PixelUNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.unet(sample.to(self.dtype), timestep).float()
+
+
+_STAGES: dict[str, type[Stage]] = {
+    "prior": PriorStage,
+    "embed": EmbedStage,
+    "project": ProjectStage,
+    "denoise": PixelDenoiseStage,
+    "enlarge": EnlargeStage,
+    "enlarge_last": EnlargeStage,
+}
+
+
+def cascade_stage(name: str, component: nn.Module) -> Stage:
+    """Make stage ``name`` out of its component."""
+    return _STAGES[name](component)  # type: ignore[call-arg]
