@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and times everything on a GPU, part by part: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]
 #
-# Parts: kernels steps pictures sd15 sdxl sd3 flux-dev flux-schnell batches memory report (all by default, in this order).
+# Parts: kernels steps pictures sd15 sdxl sd3 flux-dev flux-schnell karlo batches memory report (all by default, in this order).
 # A part ends within LIMIT seconds (540); one that stopped before its end goes on where it was when the same line is run again,
 # and one that is done is left alone. OPTIONS go to the part's command: of `tintype_bench.kernels` for kernels, of
 # `tintype_bench.steps` for steps and pictures, of `tintype_bench.memory_ladder` for memory, else of `tintype bench`.
@@ -11,7 +11,7 @@ set -uo pipefail
 usage="usage: bench/gpu_check.sh OUT_DIR [PART ...] [-- OPTIONS]"
 out="${1:?$usage}"
 shift
-all=(kernels steps pictures sd15 sdxl sd3 flux-dev flux-schnell batches memory report)
+all=(kernels steps pictures sd15 sdxl sd3 flux-dev flux-schnell karlo batches memory report)
 parts=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do parts+=("$1"); shift; done
 [ $# -gt 0 ] && shift
@@ -85,13 +85,13 @@ bounded() {
 
 # A step of each generator, kernel by kernel, beside diffusers' denoiser.
 steps() {
-    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev --precision bf16 fp8 int8 --peer eager compiled \
+    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev karlo --precision bf16 fp8 int8 --peer eager compiled \
         --stage step decode --json "$out/steps.json" "$@" 2>&1 | tee -a "$out/steps.txt"
 }
 
 # Whole pictures of ours, of weights that are drawn where they are used: nothing is written or read.
 pictures() {
-    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev flux1-schnell --precision bf16 fp8 \
+    bounded tintype_bench.steps sd15 sdxl sd3-medium flux1-dev flux1-schnell karlo --precision bf16 fp8 \
         --stage picture --json "$out/pictures.json" "$@" 2>&1 | tee -a "$out/pictures.txt"
 }
 
@@ -110,6 +110,7 @@ part() {
     sd3) generators sd3 "sd3-medium *, batch 1," "$@" ;;
     flux-dev) generators flux-dev "flux1-dev *, batch 1," "$@" ;;
     flux-schnell) generators flux-schnell "flux1-schnell *, batch 1," "$@" ;;
+    karlo) generators karlo "karlo *, batch 1," "$@" ;;
     batches) generators batches "for throughput" --in-turn "$@" ;;
     memory) memory "$@" ;;
     steps) steps "$@" ;;

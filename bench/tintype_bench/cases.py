@@ -109,6 +109,7 @@ GENERATORS = (
     Published("sd3-medium", 1024, 28, 7.0),
     Published("flux1-dev", 1024, 28, 3.5),
     Published("flux1-schnell", 1024, 4, 0.0),
+    Published("karlo", 256, 25, 8.0),
 )
 _BATCHES = (4, 8, 16)  # of which the report names the one with the best throughput
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tintype.checkpoints import Checkpoint
-from tintype.models.stage import Stage
-from tintype.models.stages import build_stage, stage_component, stage_names
-from tintype.tokenizer import CONTEXT
+from tintype.models.stages import STEPS, build_stage, stage_names
+from tintype.profiles import Profile
+from tintype_export.profiles import example_inputs
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 # The types that a product of each may be made in.
@@ -31,6 +31,7 @@ _SERVING = {
     "fp8": ("fp8", "bf16", "fp32"),
 }
 _ATTENTION = ("bmm", "baddbmm", "attention")
+_GUIDED = ("denoise", "prior")
 
 
 @dataclass(frozen=True)
@@ -113,75 +114,24 @@ def floor_seconds(products: list[Product], ceilings: Ceilings, precision: str) -
 def stage_products(
     checkpoint: Checkpoint, width: int, height: int, rows: int
 ) -> dict[str, list[Product]]:
-    """The products of every stage that a picture of this size runs: the denoiser's of `rows`, the others' of one."""
+    """The products of every stage that a picture of this size runs: of `rows` where they guide, the others' of one."""
     names = [name for name in stage_names(checkpoint.components) if _draws(name)]
     return {
-        name: _count_stage(checkpoint, name, width, height, rows if name == "denoise" else 1)
+        name: _count_stage(checkpoint, name, Profile(width, height, rows if name in _GUIDED else 1))
         for name in names
     }
 
 
 def _draws(stage: str) -> bool:
     """Whether a picture from text alone needs the stage; a whole step is the denoiser once more."""
-    return stage in ("denoise", "decode") or (
-        stage.startswith("encode") and stage != "encode_image"
-    )
+    return stage not in (*STEPS, "encode_image")
 
 
-def _count_stage(
-    checkpoint: Checkpoint, name: str, width: int, height: int, rows: int
-) -> list[Product]:
+def _count_stage(checkpoint: Checkpoint, name: str, profile: Profile) -> list[Product]:
     with torch.device("meta"):
         stage = build_stage(
             name, checkpoint.components, lambda part: checkpoint.skeleton(part, torch.float32)
         )
-        inputs = _meta_inputs(checkpoint, stage, name, (width, height), rows)
+    arrays = example_inputs(checkpoint, stage.inputs, name, profile.name)
+    inputs = (torch.from_numpy(arrays[each]).to("meta") for each in stage.inputs)
     return count(stage.eval(), *inputs)
-
-
-def _meta_inputs(
-    checkpoint: Checkpoint, stage: Stage, name: str, size: tuple[int, int], rows: int
-) -> list[Tensor]:
-    defaults = checkpoint.defaults
-    cells = [side // defaults["latent_factor"] for side in reversed(size)]
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_ids": (rows, _encoder_tokens(checkpoint, name)),
-        "sample": (rows, defaults["denoiser_channels"], *cells),
-        "timestep": (rows,),
-        "guidance": (rows,),
-        "encoder_hidden_states": (rows, _text_tokens(checkpoint), _text_width(checkpoint)),
-        "text_embeds": (rows, _pooled_width(checkpoint)),
-        "time_ids": (rows, 6),
-        "latents": (rows, defaults["latent_channels"], *cells),
-    }
-    kinds = {"input_ids": torch.int64}
-    return [torch.empty(shapes[n], dtype=kinds.get(n, torch.float32)) for n in stage.inputs]
-
-
-def _encoder_tokens(checkpoint: Checkpoint, stage: str) -> int:
-    """A CLIP reads as many tokens as it has positions, T5 as many as the model was trained on."""
-    config = checkpoint.configs.get(stage_component(stage, checkpoint.components), {})
-    if config.get("model_type") == "t5":
-        return int(checkpoint.defaults["text_tokens"])
-    return int(config.get("max_position_embeddings", CONTEXT))
-
-
-def _text_tokens(checkpoint: Checkpoint) -> int:
-    """FLUX's denoiser reads T5's tokens, a UNet CLIP's, SD3's CLIP's and then T5's or the zeros in their place."""
-    if checkpoint.family == "flux":
-        return _encoder_tokens(checkpoint, "encode_2")
-    clip = _encoder_tokens(checkpoint, "encode")
-    told = (*stage_names(checkpoint.components), *checkpoint.defaults.get("left_out", ()))
-    return clip + int(checkpoint.defaults["text_tokens"]) if "encode_3" in told else clip
-
-
-def _text_width(checkpoint: Checkpoint) -> int:
-    if "unet" in checkpoint.components:
-        return int(checkpoint.configs["unet"]["cross_attention_dim"])
-    return int(checkpoint.configs["transformer"]["joint_attention_dim"])
-
-
-def _pooled_width(checkpoint: Checkpoint) -> int:
-    if "transformer" in checkpoint.components:
-        return int(checkpoint.configs["transformer"]["pooled_projection_dim"])
-    return int(checkpoint.configs.get("text_encoder_2", {}).get("projection_dim", 0))

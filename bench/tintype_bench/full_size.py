@@ -26,7 +26,7 @@ from tintype_bench.sources import Sources, default_folder
 PRECISIONS = ("fp16", "bf16", "int8", "fp8", "int4")
 BACKENDS = ("onnxruntime", "openvino")
 GPUS = ("sm_89", "sm_120")
-_SIDES = {"sd15": 512, "sdxl": 1024, "sd3-medium": 1024}
+_SIDES = {"sd15": 512, "sdxl": 1024, "sd3-medium": 1024, "karlo": 256}
 _GRAPHS = "engine_graphs.json"
 
 
@@ -186,8 +186,10 @@ def _tell(line: str) -> None:
 
 
 def _stages(stages: Iterable[str]) -> list[str]:
-    """Of the denoiser the step with guidance alone: the others read the same weights and differ in shapes."""
-    return [name for name in stages if name not in ("denoise", "step")]
+    """Of a denoiser that has steps the one with guidance alone: the others read the same weights, in other shapes."""
+    names = list(stages)
+    alike = ("denoise", "step") if "step" in names else ()
+    return [name for name in names if name not in alike]
 
 
 def _inputs(checkpoint: Any, stage: str) -> tuple[str, ...]:

@@ -8,10 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tintype.checkpoints import open_checkpoint
+from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype_bench.work import Work
 
 _MOST_LOSSES = 3
+# unCLIP's small stages, in whose time a pipeline counts them.
+_TIMED_AS = {"embed": "prior", "project": "denoise", "enlarge_last": "enlarge"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ def limit(work: Work, precision: str, ceilings: Mapping[str, Any]) -> Limit | No
     best = Ceilings(ceilings["flops"], ceilings["bandwidth"])
     floor: dict[str, float] = {}
     flops = moved = 0.0
-    for name, products in _products(work).items():
-        stage = "encode" if name.startswith("encode") else name
-        if (times := _times(work, stage)) == 0:
+    checkpoint = open_checkpoint(Path(work.checkpoint))
+    for name, products in _products(work, checkpoint).items():
+        if (times := _times(work, name, checkpoint.defaults)) == 0:
             continue
+        stage = "encode" if name.startswith("encode") else _TIMED_AS.get(name, name)
         floor[stage] = floor.get(stage, 0.0) + floor_seconds(products, best, precision) * times
         flops += times * sum(each.flops for each in products)
         moved += times * sum(each.values for each in products) * BYTES[precision]
@@ -64,14 +67,17 @@ def losses(
     ]
 
 
-def _times(work: Work, stage: str) -> int:
+def _times(work: Work, stage: str, defaults: Mapping[str, Any]) -> int:
+    """How often a stage runs; what is counted for all rows once a step, what for one of them once a picture."""
     if work.component:
         return int(stage == work.component)
-    return {"encode": 1, "denoise": work.steps, "decode": work.batch}.get(stage, 1)
+    times = {"denoise": work.steps, "prior": defaults.get("prior_num_inference_steps", 0)}
+    times |= dict.fromkeys(("decode", "embed", "project", "enlarge_last"), work.batch)
+    times["enlarge"] = work.batch * (defaults.get("super_res_num_inference_steps", 1) - 1)
+    return int(times.get(stage, 1))
 
 
-def _products(work: Work) -> dict[str, Any]:
-    checkpoint = open_checkpoint(Path(work.checkpoint))
+def _products(work: Work, checkpoint: Checkpoint) -> dict[str, Any]:
     # FLUX is told its guidance; the others run a second row for it.
     guided = work.guidance > 1 and checkpoint.family != "flux" and not work.component
     rows = work.batch * (2 if guided else 1)

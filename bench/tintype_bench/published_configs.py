@@ -159,6 +159,7 @@ TEXT_ENCODERS: dict[str, tuple[Config, bool]] = {
     "sd3": (_VIT_L, True),
     "sd3_2": (_VIT_BIG_G, True),
     "flux1": (_VIT_L, False),
+    "karlo": (_VIT_L, True),
 }
 _BETAS: Config = {
     "beta_end": 0.012,

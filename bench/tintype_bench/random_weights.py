@@ -16,7 +16,11 @@ from tintype.checkpoints.architectures import builder
 from tintype_bench.shapes import Part, Shape
 
 _SHARD_BYTES = 4 << 30
-_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+_STEMS = {
+    "diffusers": "diffusion_pytorch_model",
+    "unclip": "diffusion_pytorch_model",
+    "transformers": "model",
+}
 # The last layers of residual branches. Trained ones add little to what flows past them; drawn as wide as the others
 # they would amplify what 16 and 8 bits round from block to block.
 _BRANCH_ENDS = tuple(
@@ -34,6 +38,12 @@ _BRANCH_ENDS = tuple(
     )
 )
 _BRANCH_GAIN = 0.5
+# What says which noise there is in pixels: their steps clip, and where the noise were random they would turn pixels
+# over for every rounding. A trained model's is near the noise that there is.
+_PIXELS_ENDS = tuple(
+    f"{component}.conv_out.weight" for component in ("decoder", "super_res_first", "super_res_last")
+)
+_PIXELS_GAIN = 0.1
 _CLIP_CLASS, _T5_CLASS = "CLIPTokenizer", "T5TokenizerFast"
 _CLIP_TOKENS, _T5_TOKENS = 77, 512
 
@@ -57,7 +67,7 @@ class Unwritten(Checkpoint):
         part = self.components[name]
         with torch.device("meta"):
             module = builder(name, part.architecture, part.config)()
-        state = {key: draw(key, like) for key, like in module.state_dict().items()}
+        state = {key: draw(f"{name}.{key}", like) for key, like in module.state_dict().items()}
         module.load_state_dict(state, assign=True)
         return module.eval()
 
@@ -77,8 +87,9 @@ def _write_configurations(shape: Shape, folder: Path) -> None:
         _write_json(folder / name / "config.json", config)
     for name, kind in zip(_tokenizer_names(shape), shape.tokenizers, strict=True):
         (_write_clip_tokenizer if kind == "clip" else _write_t5_tokenizer)(folder / name)
-    (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", shape.scheduler)
+    for name, scheduler in shape.schedulers.items():
+        (folder / name).mkdir()
+        _write_json(folder / name / "scheduler_config.json", scheduler)
     _write_json(folder / "model_index.json", _index(shape))
 
 
@@ -86,11 +97,13 @@ def _draw(generator: torch.Generator, dtype: torch.dtype) -> Callable[[str, Tens
     """Values that keep activations near unit variance, so that 16 bits hold them at every depth."""
 
     def draw(name: str, like: Tensor) -> Tensor:
+        """Of a tensor by its component's name and its own."""
         if like.ndim < 2:  # norms scale by 1 and shift by 0, as biases do
             ones = float(name.endswith("weight"))
             return torch.full(like.shape, ones, dtype=dtype, device=generator.device)
         values = torch.randn(like.shape, generator=generator, device=generator.device)
         gain = _BRANCH_GAIN if name.endswith(_BRANCH_ENDS) else 1.0
+        gain = _PIXELS_GAIN if name in _PIXELS_ENDS else gain
         scaled: Tensor = gain * values / like[0].numel() ** 0.5
         return scaled.to(dtype)
 
@@ -107,7 +120,7 @@ def _write_weights(
     stem, shards = _STEMS[part.library], list(_shards(state))
     files = [_shard_name(stem, number, len(shards)) for number in range(len(shards))]
     for file, keys in zip(files, shards, strict=True):
-        tensors = {key: draw(key, state[key]).cpu().contiguous() for key in keys}
+        tensors = {key: draw(f"{name}.{key}", state[key]).cpu().contiguous() for key in keys}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         places = {key: file for file, keys in zip(files, shards, strict=True) for key in keys}
@@ -145,7 +158,7 @@ def _index(shape: Shape) -> dict[str, Any]:
     index: dict[str, Any] = {
         "_class_name": shape.pipeline,
         "_diffusers_version": "0.31.0",
-        "scheduler": ["diffusers", shape.scheduler["_class_name"]],
+        **{name: ["diffusers", config["_class_name"]] for name, config in shape.schedulers.items()},
         **{name: [part.library, part.architecture] for name, part in shape.parts.items()},
         **{name: ["transformers", classes[kind]] for name, kind in tokenizers},
     }

@@ -23,12 +23,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Shape:
-    """A generator as diffusers' folder describes it; ``tokenizers`` are in the order of the text encoders."""
+    """A generator as diffusers' folder describes it; ``tokenizers`` are in the order of the text encoders, and
+    ``schedulers`` go by the folders that they lie in."""
 
     pipeline: str
     parts: Mapping[str, Part]
     tokenizers: tuple[str, ...]
-    scheduler: Config
+    schedulers: Mapping[str, Config]
 
 
 def _clip(name: str) -> Part:
@@ -59,7 +60,7 @@ def _flux(name: str) -> Shape:
             "vae": _vae("flux1"),
         },
         ("clip", "t5"),
-        published.FLUX_SCHEDULERS[name],
+        {"scheduler": published.FLUX_SCHEDULERS[name]},
     )
 
 
@@ -72,7 +73,7 @@ SHAPES = {
             "vae": _vae("sd15"),
         },
         ("clip",),
-        published.SD15_DDIM,
+        {"scheduler": published.SD15_DDIM},
     ),
     "sdxl": Shape(
         "StableDiffusionXLPipeline",
@@ -83,7 +84,7 @@ SHAPES = {
             "vae": _vae("sdxl"),
         },
         ("clip", "clip"),
-        published.SDXL_SCHEDULER,
+        {"scheduler": published.SDXL_SCHEDULER},
     ),
     "sd3-medium": Shape(
         "StableDiffusion3Pipeline",
@@ -97,10 +98,26 @@ SHAPES = {
             "vae": _vae("sd3-medium"),
         },
         ("clip", "clip", "t5"),
-        published.SD3_SCHEDULER,
+        {"scheduler": published.SD3_SCHEDULER},
     ),
     "flux1-dev": _flux("flux1-dev"),
     "flux1-schnell": _flux("flux1-schnell"),
+    "karlo": Shape(
+        "UnCLIPPipeline",
+        {
+            "text_encoder": _clip("karlo"),
+            "prior": _diffusers("PriorTransformer", published.KARLO["prior"]),
+            # in diffusers, but with the pipeline
+            "text_proj": replace(
+                _diffusers("UnCLIPTextProjModel", published.KARLO["text_proj"]), library="unclip"
+            ),
+            "decoder": _diffusers("UNet2DConditionModel", published.KARLO["decoder"]),
+            "super_res_first": _diffusers("UNet2DModel", published.KARLO["super_res_first"]),
+            "super_res_last": _diffusers("UNet2DModel", published.KARLO["super_res_last"]),
+        },
+        ("clip",),
+        published.KARLO_SCHEDULERS,
+    ),
 }
 
 # What is smaller in the tiny form; every kind of layer stays. Widths that must agree with another part's agree.
@@ -170,6 +187,31 @@ _TINY["flux1-dev"] = _TINY["flux1-schnell"] = {
         "axes_dims_rope": [8, 12, 12],
         "pooled_projection_dim": 64,
     },
+}
+
+
+_TINY_PIXELS = {"block_out_channels": [32, 64, 64, 64], "layers_per_block": 1}
+_TINY["karlo"] = {
+    "text_encoder": _TINY_VIT_L,
+    "prior": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "num_layers": 2,
+        "embedding_dim": 64,
+    },
+    "text_proj": {
+        "clip_embeddings_dim": 64,
+        "time_embed_dim": 128,
+        "cross_attention_dim": 64,
+    },
+    "decoder": {
+        **_TINY_PIXELS,
+        "cross_attention_dim": 64,
+        "attention_head_dim": 32,
+        "sample_size": 16,
+    },
+    "super_res_first": {**_TINY_PIXELS, "sample_size": 64},
+    "super_res_last": {**_TINY_PIXELS, "sample_size": 64},
 }
 
 

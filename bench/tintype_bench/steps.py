@@ -1,10 +1,10 @@
 """Where a step's time goes on a GPU: `python -m tintype_bench.steps sd15 sdxl --precision bf16 fp8 --json F`.
 
 A shape's denoiser with the sampler's step around it, as pictures are made of: one picture, guided where the model
-guides, random weights that are never written; `--stage decode` times what is behind the last step. A row has the time
-of a call, of a walk of calls that nobody waits for between; what its kernels took by the GPU's own record; and the
-kernels that took most. What texts and times tell is worked out once a picture and is in no step. `--execution` as for
-`tintype.load`.
+guides, random weights that are never written; `--stage decode` times what is behind the last step. Of unCLIP a step is
+its decoder's without the sampler, and decoding one step of what enlarges. A row has the time of a call, of a walk of
+calls that nobody waits for between; what its kernels took by the GPU's own record; and the kernels that took most. What
+texts and times tell is worked out once a picture and is in no step. `--execution` as for `tintype.load`.
 
 `--stage picture` times whole pictures instead, text to pixels, at the shape's first published setting.
 
@@ -48,6 +48,7 @@ from tintype_kernels.cache import replace_text
 
 Row = dict[str, Any]
 _STAGES = ("step", "decode", "picture")
+_CASCADE = {"guided_step": "denoise", "decode": "enlarge"}
 _PEER = {"stage": "denoise", "precision": "bf16"}
 _PEERS = {"eager": "diffusers", "compiled": "diffusers-compiled"}  # their executions in rows
 _KEPT = 40  # kernels of a row
@@ -157,7 +158,8 @@ def _call(
     )
     if stage == "step" and _guides(checkpoint, shape):
         stage = "guided_step"
-    profile = _profile(checkpoint, 1)
+    stage = stage if stage in backend.stages else _CASCADE[stage]
+    profile = _profile(checkpoint, 2 if stage == "denoise" else 1)
     names = backend.inputs(stage)
     arrays = example_inputs(checkpoint, names, stage, profile)
     placed: Mapping[str, Any] = {name: backend.place(array) for name, array in arrays.items()}

@@ -30,13 +30,17 @@ class Work:
     prompt: str = PROMPT
     seed: int = 0
 
+    @property
+    def seeds(self) -> range:
+        """Of every picture."""
+        return range(self.seed, self.seed + self.batch)
+
     def latents(self, channels: int, factor: int) -> NDArray[np.float32]:
         """Unit noise [n, c, h/f, w/f]: the same bits for every runner."""
         from tintype.noise import initial_noise
 
         shape = (channels, self.height // factor, self.width // factor)
-        seeds = range(self.seed, self.seed + self.batch)
-        return np.stack([initial_noise(seed, shape) for seed in seeds])
+        return np.stack([initial_noise(seed, shape) for seed in self.seeds])
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
-from tintype.checkpoints import Checkpoint, Component, open_checkpoint
-from tintype.checkpoints.checkpoint import default_settings, flow_settings
+from tintype.checkpoints import open_checkpoint
 from tintype.loading import BOX
 from tintype_bench.counts import Ceilings, count, floor_seconds, stage_products
 from tintype_bench.limits import losses
+from tintype_bench.random_weights import unwritten
 from tintype_bench.shapes import find_shape
 
-FAMILIES = {"sd15": "latent_unet", "sdxl": "latent_unet", "sd3-medium": "sd3"}
 
-
-def opened(name):
-    """A shape as an opened checkpoint without weights."""
-    shape, family = find_shape(name), FAMILIES.get(name, "flux")
-    configs = {part: each.config for part, each in shape.parts.items()}
-    parts = {n: Component(p.architecture, p.config, None) for n, p in shape.parts.items()}
-    if "unet" in configs:
-        defaults = default_settings(configs["unet"], configs["vae"], force_zeros=False)
-    else:
-        defaults = flow_settings(family, configs["transformer"], configs["vae"])
-    return Checkpoint(family, Path(), parts, dict(shape.scheduler), (), defaults)
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A shape, by its name, as an opened checkpoint without weights."""
+    return cache(lambda name: unwritten(find_shape(name), tmp_path_factory.mktemp("shape") / name))
 
 
 def total(products):
@@ -64,14 +56,14 @@ def test_attention_neither_writes_nor_reads_its_scores():
     assert sum(p.values for p in products) == 4 * batch * heads * tokens * dim  # q, k, v, output
 
 
-def test_t5_xxl_is_its_projections_and_its_attention():
+def test_t5_xxl_is_its_projections_and_its_attention(opened):
     """24 layers: q, k, v, o of 4096, three of 4096 x 10240, two products of 256 x 256 scores of 64 heads of 64."""
     tokens, width, inner = 256, 4096, 10240
     layer = 2 * tokens * width * (4 * width + 3 * inner) + 2 * (2 * tokens * tokens * width)
     assert total(stage_products(opened("sd3-medium"), 1024, 1024, 2)["encode_3"]) == 24 * layer
 
 
-def test_flux_is_its_blocks():
+def test_flux_is_its_blocks(opened):
     """19 double and 38 single blocks over 4096 image and 512 text tokens, 24 heads of 128."""
     image, text, width = 4096, 512, 3072
     tokens = image + text
@@ -86,6 +78,18 @@ def test_flux_is_its_blocks():
     expected = 19 * double + 38 * single + ends + told
     found = total(stage_products(opened("flux1-dev"), 1024, 1024, 1)["denoise"])
     assert found == expected
+
+
+def test_karlos_prior_is_its_blocks(opened):
+    """20 layers, 2048 wide, over 77 tokens of text, its embedding, the time, the picture's embedding and the last."""
+    text, tokens, width, wide = 77, 81, 2048, 768
+    layer = 2 * tokens * width * (4 + 8) * width + 2 * (2 * tokens * tokens * width)
+    ends = (
+        2 * wide * width * (text + 3) + 2 * 2 * width * width
+    )  # three embeddings, and the time's two layers
+    products = stage_products(opened("karlo"), 256, 256, 2)
+    assert total(products["prior"]) == 2 * (20 * layer + ends)
+    assert total(products["enlarge"]) == total(products["enlarge_last"])
 
 
 def test_a_model_without_t5_reads_as_many_tokens_as_its_clip_has_positions():
@@ -106,7 +110,7 @@ def test_a_model_without_t5_reads_as_many_tokens_as_its_clip_has_positions():
     ("name", "side", "rows", "steps", "teraflops"),
     [("sd15", 512, 2, 50, 80.3), ("sdxl", 1024, 2, 30, 405.7), ("sd3-medium", 1024, 2, 28, 498.6)],
 )
-def test_a_denoiser_takes_what_others_counted(name, side, rows, steps, teraflops):
+def test_a_denoiser_takes_what_others_counted(opened, name, side, rows, steps, teraflops):
     """TFLOP of whole pictures by another count, operator by operator over diffusers' own modules."""
     found = total(stage_products(opened(name), side, side, rows)["denoise"])
     assert steps * found / 1e12 == pytest.approx(teraflops, rel=2e-3)

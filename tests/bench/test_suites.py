@@ -227,6 +227,7 @@ def test_the_gpu_suite_has_what_the_published_figures_are_of():
         "sd3-medium 1024x1024, batch 1, 28 steps, guidance 7",
         "flux1-dev 1024x1024, batch 1, 28 steps, guidance 3.5",
         "flux1-schnell 1024x1024, batch 1, 4 steps, guidance 0",
+        "karlo 256x256, batch 1, 25 steps, guidance 8",
     }
     assert {case.model for case in cases.gpu() if case.batch > 1} == SHAPES.keys()
 

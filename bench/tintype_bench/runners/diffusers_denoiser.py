@@ -24,10 +24,10 @@ def denoiser(
 ) -> Iterator[Denoise]:
     """With the checkpoint's weights, eagerly or compiled; channels-last, as diffusers' guide asks of a UNet."""
     model = _model(checkpoint, device, dtype)
-    call = {"latent_unet": _unet, "sd3": _sd3, "flux": _flux}[checkpoint.family]
+    call = _CALLS[checkpoint.family]
 
     def denoise(inputs: Mapping[str, Tensor]) -> Tensor:
-        kept = ("timestep", "time_ids")
+        kept = ("timestep", "time_ids", "context_mask")
         with torch.inference_mode():
             return call(model, {n: t if n in kept else t.to(dtype) for n, t in inputs.items()})
 
@@ -52,7 +52,7 @@ def _compiled(model: Any, family: str, device: str) -> Iterator[None]:
     of the time. Weights are not frozen, or each block would be compiled by itself. A CPU, on which this is tried out,
     is not tuned for minutes.
     """
-    whole = family == "latent_unet"
+    whole = family in ("latent_unet", "unclip")
     mode = "max-autotune" if whole else "max-autotune-no-cudagraphs"
     mode = "default" if device == "cpu" else mode
     prepare(model)
@@ -103,3 +103,15 @@ def _flux(model: nn.Module, told: Mapping[str, Tensor]) -> Tensor:
     )[0]
     unpacked: Tensor = pipeline._unpack_latents(output, 8 * h, 8 * w, 8)
     return unpacked
+
+
+def _unclip(model: nn.Module, told: Mapping[str, Tensor]) -> Tensor:
+    mask = told["context_mask"].bool()
+    how: dict[str, Any] = {"class_labels": told["added"], "attention_mask": mask}
+    output: Tensor = model(
+        told["sample"], told["timestep"], told["context"], **how, return_dict=False
+    )[0]
+    return output
+
+
+_CALLS = {"latent_unet": _unet, "sd3": _sd3, "flux": _flux, "unclip": _unclip}

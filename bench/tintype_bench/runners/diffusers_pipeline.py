@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 
 from tintype.checkpoints import open_checkpoint
 from tintype.errors import BackendUnavailable, RequestError
+from tintype.noise import Walk, initial_noise, step_noise
+from tintype.request import CASCADE
 from tintype_bench.runners import Pictures, Running
 from tintype_bench.runners.component import denoiser_inputs
 from tintype_bench.runners.diffusers_compiled import inductor_flags, prepare
@@ -53,22 +58,32 @@ def _pipeline(work: Work, dtype: torch.dtype) -> Any:
         raise RequestError("diffusers reads a checkpoint folder, and this model is a bundle alone")
     diffusers.utils.logging.set_verbosity_error()
     kind: Any = diffusers.DiffusionPipeline
+    if Path(work.checkpoint, "text_proj").is_dir():
+        _find_unclip()
     pipe = kind.from_pretrained(work.checkpoint, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def _find_unclip() -> None:
+    """Published unCLIPs have a part of the library "unclip", which is diffusers' own and which it no longer finds."""
+    from diffusers.pipelines.deprecated.unclip import text_proj
+
+    sys.modules.setdefault("unclip", text_proj)
+
+
 def _denoiser_name(pipe: Any) -> str:
-    return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    names = ("unet", "decoder", "transformer")
+    return next(name for name in names if getattr(pipe, name, None) is not None)
 
 
 def _compile(pipe: Any, denoiser: str, runner: Runner) -> None:
-    """The denoiser and the decoder, whole."""
+    """The denoiser and what is behind it, whole; of unCLIP the prior, too."""
     # Weights are packed once for oneDNN, as PyTorch's guide for CPUs says.
     flags = inductor_flags(runner.mode, freezing=runner.device == "cpu")
     for flag, value in flags.items():
         setattr(torch._inductor.config, flag, value)
-    for owner, name in ((getattr(pipe, denoiser), "forward"), (pipe.vae, "decode")):
+    for owner, name, _ in _models(pipe, denoiser):
         prepare(owner)
         compiled = torch.compile(getattr(owner, name), mode=runner.mode, fullgraph=True)
         setattr(owner, name, compiled)
@@ -82,14 +97,13 @@ class DiffusersPictures:
         self._arguments = _arguments(pipe, work, device)
 
     def run(self) -> Pictures:
-        with torch.inference_mode():
+        with torch.inference_mode(), _our_noise(self._pipe, self._work):
             return np.asarray(self._pipe(**self._arguments).images, np.float32)
 
     def stages(self) -> dict[str, float]:
         encoders = [n for n in vars(self._pipe) if n.startswith("text_encoder")]
         watched = [(getattr(self._pipe, name), "forward", "encode") for name in encoders]
-        watched += [(getattr(self._pipe, self._denoiser), "forward", "denoise")]
-        watched += [(self._pipe.vae, "decode", "decode")]
+        watched += _models(self._pipe, self._denoiser)
         timings: dict[str, float] = {}
         plain = [(owner, name, getattr(owner, name)) for owner, name, _ in watched if owner]
         for owner, name, stage in watched:
@@ -101,6 +115,15 @@ class DiffusersPictures:
             for owner, name, function in plain:
                 setattr(owner, name, function)
         return timings
+
+
+def _models(pipe: Any, denoiser: str) -> list[tuple[Any, str, str]]:
+    """The modules that count behind the text's, the function of each that is called, and our name of its stage."""
+    if denoiser == "decoder":
+        stages = {"prior": "prior", "decoder": "denoise"}
+        stages |= {"super_res_first": "enlarge", "super_res_last": "enlarge"}
+        return [(getattr(pipe, name), "forward", stage) for name, stage in stages.items()]
+    return [(getattr(pipe, denoiser), "forward", "denoise"), (pipe.vae, "decode", "decode")]
 
 
 def _timed(
@@ -132,6 +155,8 @@ def _arguments(pipe: Any, work: Work, device: str) -> dict[str, Any]:
         n, c, h, w = latents.shape
         latents = pipe._pack_latents(latents, n, c, h, w)
     first = next(getattr(pipe, _denoiser_name(pipe)).parameters())
+    if _denoiser_name(pipe) == "decoder":
+        return _unclip_arguments(work, defaults, first)
     told = {"max_sequence_length": defaults["text_tokens"]} if "text_tokens" in defaults else {}
     return {
         "prompt": [work.prompt] * work.batch,
@@ -143,6 +168,56 @@ def _arguments(pipe: Any, work: Work, device: str) -> dict[str, Any]:
         "output_type": "np",
         **told,
     }
+
+
+def _unclip_arguments(work: Work, defaults: dict[str, Any], like: Tensor) -> dict[str, Any]:
+    begun = {
+        f"{name}_latents": np.stack([initial_noise(seed, shape, walk) for seed in work.seeds])
+        for name, (walk, shape) in _walks(work, defaults).items()
+    }
+    return {
+        "prompt": [work.prompt] * work.batch,
+        "decoder_num_inference_steps": work.steps,
+        "decoder_guidance_scale": work.guidance,
+        **{name: defaults[name] for name in CASCADE},
+        **{name: torch.from_numpy(array).to(like) for name, array in begun.items()},
+        "output_type": "np",
+    }
+
+
+def _walks(work: Work, defaults: dict[str, Any]) -> dict[str, tuple[Walk, tuple[int, ...]]]:
+    """unCLIP's three walks by diffusers' names: ours, and the shape of what is walked."""
+    pixels, factor = defaults["latent_channels"], defaults["latent_factor"]
+    return {
+        "prior": ("prior", (defaults["embedding_width"],)),
+        "decoder": ("picture", (pixels, work.height // factor, work.width // factor)),
+        "super_res": ("enlarged", (pixels, work.height, work.width)),
+    }
+
+
+@contextmanager
+def _our_noise(pipe: Any, work: Work) -> Iterator[None]:
+    """Within it unCLIP's steps add the noise that ours add; pipelines of other kinds are timed without any."""
+    if _denoiser_name(pipe) != "decoder":
+        yield
+        return
+    defaults = open_checkpoint(work.checkpoint).defaults
+    names = (CASCADE[0], "", CASCADE[2])
+    draws = (
+        np.stack([step_noise(seed, step, shape, walk) for seed in work.seeds])
+        for name, (walk, shape) in zip(names, _walks(work, defaults).values(), strict=True)
+        for step in range((defaults[name] if name else work.steps) - 1)
+    )
+
+    def drawn(shape: Any, *, dtype: torch.dtype, device: Any, **_: Any) -> Tensor:
+        return torch.from_numpy(next(draws)).to(device, dtype)
+
+    module: Any = sys.modules[type(pipe.decoder_scheduler).__module__]
+    own, module.randn_tensor = module.randn_tensor, drawn
+    try:
+        yield
+    finally:
+        module.randn_tensor = own
 
 
 class DiffusersComponent:
