@@ -9,6 +9,8 @@ import torch
 
 import tintype
 from tintype.loading import BOX
+from tintype_bench.random_weights import write_checkpoint
+from tintype_bench.shapes import find_shape
 from tintype_export.quality import psnr
 from tolerances import LEAST_DB_16_BITS
 
@@ -33,6 +35,31 @@ def test_a_picture_is_the_one_that_the_cpu_draws_in_float32(model, dtype, execut
         pytest.skip("fp8 needs sm_89")
     made = draw(model, device="cuda", dtype=dtype, execution=execution)
     assert psnr(made, expected(model)) > LEAST_DB[dtype]
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    """A tiny unCLIP of random weights."""
+    folder = tmp_path_factory.mktemp("shape")
+    write_checkpoint(find_shape("karlo", tiny=True), folder, torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "execution"), WAYS)
+def test_a_cascade_draws_what_the_cpu_draws_in_float32(cascade, dtype, execution):
+    if dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs sm_89")
+    steps = {"prior_num_inference_steps": 4, "super_res_num_inference_steps": 3}
+    request = {**REQUEST, **steps, "num_inference_steps": 4}
+    wanted, made = (
+        tintype.load(cascade, backend="torch", **how)(PROMPT, **request).images
+        for how in (
+            {"device": "cpu", "dtype": "fp32"},
+            {"device": "cuda", "dtype": dtype, "execution": execution},
+        )
+    )
+    # Nothing was fitted to these weights, and steps that clip turn pixels over.
+    assert psnr(made, wanted) > LEAST_DB[dtype] - 10
 
 
 def test_a_second_picture_from_the_same_graph_is_another_one():
