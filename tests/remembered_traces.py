@@ -15,9 +15,11 @@ _KNOWN = {}
 
 
 def remembered_trace(stage, inputs):
-    """`trace` for stages of one and the same checkpoint's architecture, whose weights are pointed to afterwards."""
+    """`trace` for stages whose weights are pointed to afterwards; those of the same classes and shapes are alike."""
+    own = [(name, tuple(each.shape)) for name, each in stage.state_dict().items()]
     shapes = [tuple(each.shape) for each in inputs.values()]
-    key = f"{type(stage).__name__} {stage.dtype} {shapes}"
+    parts = [type(each).__name__ for each in (stage, *stage.children())]
+    key = f"{' of '.join(parts)} {stage.dtype} {shapes} {own}"
     if key not in _KNOWN:
         model = trace(stage, inputs)
         _hollow(model, {name for name, _ in stage.named_parameters()})

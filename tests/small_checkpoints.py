@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from transformers import (
     CLIPTokenizer,
 )
 
-KINDS = ("sd1", "sd2", "sdxl", "sd_inpainting")
+KINDS = ("sd1", "sd2", "sdxl", "sd_inpainting", "sd_vq")
 PIPELINES = {
     "sd1": diffusers.StableDiffusionPipeline,
     "sd2": diffusers.StableDiffusionPipeline,
     "sdxl": diffusers.StableDiffusionXLPipeline,
     "sd_inpainting": diffusers.StableDiffusionInpaintPipeline,
+    "sd_vq": diffusers.StableDiffusionPipeline,
 }
+_WIDTHS = (32, 32, 64, 64)  # of an autoencoder whose latents are an eighth as wide as pictures
 _SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -72,15 +75,28 @@ def unet(context: int, **changes: Any) -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel(**settings | changes)
 
 
-def vae(**changes: Any) -> diffusers.AutoencoderKL:
-    settings: dict[str, Any] = {
-        "block_out_channels": (32, 32, 64, 64),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
+def vae(*widths: int, **changes: Any) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(**_levels(*widths) | changes)
+
+
+def vq_model(*widths: int, **changes: Any) -> diffusers.VQModel:
+    """VQGAN's autoencoder, whose entries lie where unscaled latents of unit variance do."""
+    codebook = {"latent_channels": 3, "vq_embed_dim": 4, "num_vq_embeddings": 64}
+    model = diffusers.VQModel(**_levels(*widths) | codebook | changes)
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=1 / model.config.scaling_factor)
+    return model
+
+
+def _levels(*widths: int) -> dict[str, Any]:
+    """An autoencoder's levels, of one block each."""
+    levels = len(widths or _WIDTHS)
+    return {
+        "block_out_channels": widths or _WIDTHS,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": 1,
         "sample_size": 64,
     }
-    return diffusers.AutoencoderKL(**settings | changes)
 
 
 def parts(kind: str) -> dict[str, Any]:
@@ -95,7 +111,7 @@ def parts(kind: str) -> dict[str, Any]:
         "text_encoder": text_encoder(64, act="gelu" if velocity else "quick_gelu"),
         "tokenizer": tokenizer("!" if velocity else "<|endoftext|>"),
         "unet": unet(64, **linear, **channels),
-        "vae": vae(),
+        "vae": vq_model() if kind == "sd_vq" else vae(),
         "scheduler": diffusers.DDIMScheduler(
             **_SCHEDULE,
             clip_sample=False,
@@ -132,23 +148,19 @@ def _sdxl_parts() -> dict[str, Any]:
     }
 
 
-def save_smallest(folder: Path) -> Path:
+def save_smallest(folder: Path, autoencoder: Callable[..., Any] = vae) -> Path:
     """An SD 1 with every module's every kind of layer once, for tests of what surrounds the model."""
     torch.manual_seed(0)
-    narrow = {"block_out_channels": (32, 32), "layers_per_block": 1}
     smallest = {
         "text_encoder": text_encoder(64, layers=1),
         "unet": unet(
             64,
-            **narrow,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         ),
-        "vae": vae(
-            **narrow,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        ),
+        "vae": autoencoder(32, 32),
     }
     PIPELINES["sd1"](**parts("sd1") | smallest).save_pretrained(folder)
     return folder

@@ -9,10 +9,16 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 import small_checkpoints as small
 
 WIDTH = 32  # of CLIP's embeddings
+SIDE = 32  # of the pictures that it embeds
 _CONTEXT = 24
 _CHANNELS = (32, 64)
 
@@ -79,9 +85,38 @@ def parts() -> dict[str, Any]:
     }
 
 
+def variation_parts() -> dict[str, Any]:
+    """The same for the pipeline that varies pictures."""
+    kept = {name: part for name, part in parts().items() if not name.startswith("prior")}
+    sides = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    vision = CLIPVisionConfig(
+        image_size=SIDE,
+        patch_size=8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+    )
+    torch.manual_seed(1)
+    return kept | {
+        "image_encoder": CLIPVisionModelWithProjection(vision),
+        "feature_extractor": CLIPImageProcessor(**sides),
+    }
+
+
 def save(folder: Path) -> Path:
     """A folder in diffusers layout."""
-    diffusers.UnCLIPPipeline(**parts()).save_pretrained(folder)
+    return _published(diffusers.UnCLIPPipeline(**parts()), folder)
+
+
+def save_variation(folder: Path) -> Path:
+    """The same of the pipeline that varies pictures."""
+    return _published(diffusers.UnCLIPImageVariationPipeline(**variation_parts()), folder)
+
+
+def _published(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
     index = folder / "model_index.json"
     named = json.loads(index.read_text())
     named["text_proj"][0] = "unclip"  # as published; what diffusers saves it does not find again

@@ -117,6 +117,7 @@ def _cascade_makers(
     wide, added = projection.clip_embeddings_dim, projection.clip_extra_context_tokens
     read = np.arange(_tokens(checkpoint, "encode").shape[1]) < 12
     pixels, factor = defaults["latent_channels"], defaults["latent_factor"]
+    side = defaults.get("image_side", 0)
     samples = {
         "prior": (wide,),
         "denoise": (pixels, profile.height // factor, profile.width // factor),
@@ -131,6 +132,7 @@ def _cascade_makers(
     return {
         "sample": lambda: normal(rows, *samples[stage.removesuffix("_last")]),
         "latents": lambda: normal(rows, wide),
+        "image": lambda: (normal(rows, side, side, 3) / 4 + np.float32(0.5)).clip(0, 1),
         "image_embeds": lambda: normal(rows, wide),
         "shown": lambda: np.ones(rows, np.float32),
         "encoder_hidden_states": lambda: normal(rows, len(read), wide),

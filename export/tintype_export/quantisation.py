@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tintype.checkpoints import Checkpoint
 from tintype.checkpoints.files import Weights
 from tintype.checkpoints.weights import parameters
+from tintype.errors import RequestError
 from tintype.families.conditioning import STAGES
 from tintype.models.quantised import LayerCodes, Scheme, quantisable
 from tintype.models.stages import stage_component, stage_names
@@ -87,6 +88,11 @@ def plan(
         scheme = _scheme(precision, "none", group)
         walked = [component(each) for each in _WALKED if each in stages]
         return found | {name: _by_weights(checkpoint, name, scheme) for name in walked}
+    if checkpoint.family == "unclip" and "prior" not in stages:
+        raise RequestError(
+            f"precision {precision} is calibrated on what prompts draw, and {checkpoint.source} varies pictures; "
+            "choose fp32, fp16 or bf16"
+        )
     rules = {stage: rule for stage, rule in RULES[precision].items() if stage in stages}
     say(f"calibrate: {len(calibration.prompts)} prompts, {calibration.steps} steps")
     size = sum(each.numel() for each in _skeleton(checkpoint, component("denoise")).parameters())

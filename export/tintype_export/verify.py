@@ -148,6 +148,8 @@ def _picture_report(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Pic
     }
     settings |= {name: bundle.defaults[name] for name in CASCADE if name in bundle.defaults}
     engine = bundle_pipeline(bundle, backend)
+    if engine.family.needs == ("image",):
+        settings["image"] = _gradient()
     picture, latents = _drawn(engine, _SEED, settings)
     other, _ = _drawn(engine, _SEED + 1, settings)
     del engine
@@ -164,6 +166,12 @@ def _picture_report(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Pic
         other_seed_ssim=ssim(other, expected),
         latents_error=[float(np.linalg.norm(a - e) / np.linalg.norm(e)) for a, e in pairs],
     )
+
+
+def _gradient() -> NDArray[np.float32]:
+    """A picture [1, 256, 256, 3] for models that vary one: red to the right, green downwards."""
+    right, down = np.meshgrid(*[np.linspace(0, 1, 256, dtype=np.float32)] * 2)
+    return np.stack([right, down, np.full_like(right, 0.5)], axis=-1)[None]
 
 
 def _drawn(

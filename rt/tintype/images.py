@@ -109,12 +109,12 @@ def centre_crop(images: ArrayLike, width: int, height: int) -> Floats:
     return np.ascontiguousarray(array[:, top : top + height, left : left + width])
 
 
-def cover(images: ArrayLike, width: int, height: int) -> Floats:
+def cover(images: ArrayLike, width: int, height: int, method: str = "lanczos") -> Floats:
     """Scale [n, h, w, c] until it covers width x height, and crop what sticks out, so that nothing is distorted."""
     array = np.asarray(images, np.float32)
     scale = max(width / array.shape[2], height / array.shape[1])
     across, down = (max(1, round(scale * side)) for side in (array.shape[2], array.shape[1]))
-    scaled = np.clip(resize(array, max(across, width), max(down, height)), 0, 1)
+    scaled = np.clip(resize(array, max(across, width), max(down, height), method), 0, 1)
     return centre_crop(scaled, width, height)
 
 

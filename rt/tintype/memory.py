@@ -149,12 +149,11 @@ def predict(
 
 
 def _blank(pipeline: Pipeline, width: int | None, height: int | None) -> dict[str, Any]:
-    """The picture and the mask that a model which inpaints does not go without."""
-    if not pipeline.family.inpaints:
-        return {}
+    """The picture, and the mask, that a model does not go without."""
     size = pipeline.settings(width=width, height=height)
     shape = size["height"], size["width"]
-    return {"image": np.zeros((*shape, 3)), "mask_image": np.ones(shape)}
+    blank = {"image": np.zeros((*shape, 3)), "mask_image": np.ones(shape)}
+    return {name: blank[name] for name in pipeline.family.needs}
 
 
 def _bytes(module: nn.Module) -> int:

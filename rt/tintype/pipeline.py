@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,9 @@ class Pipeline:
 
         `image` (PIL, numpy, torch, or a list) is what to begin from, after `strength` of the steps' noise, and
         `mask_image` says, in white, where to paint it anew; both are cropped and scaled to the size asked for, by
-        default the image's own where the model runs it. `interpolate_from` is a (width, height) that the picture
-        is first made at, before its latents are interpolated and finished at the size asked for.
+        default the image's own where the model runs it. An unCLIP with an image encoder varies the image.
+        `interpolate_from` is a (width, height) that the picture is first made at, before its latents are
+        interpolated and finished at the size asked for.
 
         `prompt_weighting` reads `(word:1.3)`, `(word)` and `[word]`; `long_prompts` reads all of a prompt that
         is longer than the text encoder's window.
@@ -131,6 +133,10 @@ class Pipeline:
             raise RequestError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
         if interpolate_from is not None and image is not None:
             raise RequestError("interpolate_from makes a picture of its own, so it takes no image")
+        if strength is not None and self.family.kind == "unclip":
+            raise RequestError(
+                f"strength={strength!r} is not for unCLIP models, which vary a picture as a whole; leave it out"
+            )
         if image is not None and width is None and height is None:
             width, height = self._own_size(image)
         settings = {
@@ -154,7 +160,8 @@ class Pipeline:
             prior_guidance_scale=prior_guidance_scale,
             super_res_num_inference_steps=super_res_num_inference_steps,
         )
-        own = _own_arrays(latents, image, mask_image, settings)
+        fit = partial(self.family.fitted, width=settings["width"], height=settings["height"])
+        own = _own_arrays(latents, image, mask_image, fit)
         with _told_where_memory_lacks(settings["width"], settings["height"]):
             requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
             return self._run(requests, output_type, callback_on_step_end)
@@ -267,13 +274,12 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def _own_arrays(
-    latents: Any, image: Any, mask: Any, settings: Mapping[str, Any]
+    latents: Any, image: Any, mask: Any, fit: Callable[[Floats], Floats]
 ) -> dict[str, Callable[[int], list[Floats]]]:
     """The arrays of which every image has its own, as functions of how many images there are."""
-    size = settings["width"], settings["height"]
 
     def fitted(count: int) -> list[Floats]:
-        return _fitted(images.each(image, count), size)
+        return _fitted(images.each(image, count), fit)
 
     def masks(count: int) -> list[Floats]:
         pictures = images.each(image, count)
@@ -283,7 +289,7 @@ def _own_arrays(
                 raise RequestError(
                     f"mask_image is {_size(own)} and image {_size(picture)}; make them the same size"
                 )
-        return [np.float32(1) * (each >= 0.5) for each in _fitted(found, size)]
+        return [np.float32(1) * (each >= 0.5) for each in _fitted(found, fit)]
 
     makers: dict[str, Callable[[int], list[Floats]]] = {}
     if latents is not None:
@@ -295,9 +301,9 @@ def _own_arrays(
     return makers
 
 
-def _fitted(pictures: list[Floats], size: tuple[int, int]) -> list[Floats]:
-    """Each at the size asked for; one object stays one, so that it is encoded once."""
-    made: dict[int, Floats] = {id(each): images.cover(each, *size) for each in pictures}
+def _fitted(pictures: list[Floats], fit: Callable[[Floats], Floats]) -> list[Floats]:
+    """Each as the model is shown it; one object stays one, so that it is encoded once."""
+    made = {id(each): fit(each) for each in pictures}
     return [made[id(each)] for each in pictures]
 
 

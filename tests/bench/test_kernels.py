@@ -104,7 +104,7 @@ def test_the_script_names_its_parts(tmp_path):
 def test_every_case_of_the_gpu_suite_is_in_one_part_of_the_script():
     script = (ROOT / "bench" / "gpu_check.sh").read_text(encoding="utf-8")
     patterns = dict(re.findall(r'\) generators (\S+) "([^"]+)"', script))
-    assert len(patterns) == 6
+    assert len(patterns) == 7
     for case in cases.gpu():
         parts = [part for part, text in patterns.items() if fnmatchcase(case.name, f"*{text}*")]
         assert len(parts) == 1, case.name

@@ -11,10 +11,12 @@ import pytest
 
 import small_unclip_checkpoint as small
 import tintype
+from remembered_traces import remembered_trace
 from tintype.backends.graphs import read_graph
 from tintype.backends.remembering import parted
 from tintype.bundle import open_bundle
 from tintype.errors import ProfileError, RequestError
+from tintype_export import bundle as exporting
 from tintype_export.bundle import ExportConfig, export_bundle, wanted_engines
 from tintype_export.calibration import Calibration
 from tintype_export.quality import psnr
@@ -50,7 +52,9 @@ def exported(request, source, tmp_path_factory):
         group=32,
     )
     target = tmp_path_factory.mktemp("unclip") / "bundle"
-    return export_bundle(source, target, config), request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "trace", remembered_trace)
+        return export_bundle(source, target, config), request.param
 
 
 in_float32 = pytest.mark.parametrize("exported", ["fp32"], indirect=True)
@@ -127,7 +131,7 @@ def test_what_a_bundle_cannot_do_is_told(exported):
     pipeline = tintype.load(folder)
     with pytest.raises(ProfileError, match="it draws 32x32"):
         pipeline("the", width=64, height=64)
-    with pytest.raises(RequestError, match="image is not for unCLIP"):
+    with pytest.raises(RequestError, match="no image_encoder, and draws from a text alone"):
         pipeline("the", image=np.zeros((32, 32, 3)))
 
 
@@ -140,6 +144,20 @@ def test_every_stage_has_an_engine(exported, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "bundle")
     (entry,) = build_engines(copy, wanted, ("sm_89",), lambda line: None).values()
     assert entry["stages"].keys() == set(STAGES)
+
+
+def test_a_bundle_varies_pictures_as_torch_does(tmp_path):
+    source = small.save_variation(tmp_path / "checkpoint")
+    target = tmp_path / "bundle"
+    with pytest.raises(RequestError, match="int8 is calibrated on what prompts draw"):
+        export_bundle(source, target, ExportConfig((SIZE,), "int8"))
+    config = ExportConfig((SIZE,), tolerance_db=LEAST_DB["fp32"], defaults=STEPS)
+    bundle = open_bundle(export_bundle(source, target, config))
+    assert list(bundle.stages) == ["encode", "embed_image", *STAGES[3:]]
+    picture = np.random.default_rng(0).random((48, 64, 3), np.float32)
+    request = {"prompt": "red", "image": picture, **SETTINGS}
+    expected = tintype.load(source, backend="torch")(**request, **STEPS).images
+    assert psnr(tintype.load(target)(**request).images, expected) > LEAST_DB["fp32"]
 
 
 def test_no_other_size_is_exported(source, tmp_path):

@@ -19,7 +19,7 @@ from tintype.backends.codes import SIDE, largest_code_on_cpu
 from tintype.backends.compiled import Compiled, cores, one_line
 from tintype.backends.graphs import MappedWeights, graph_file, read_graph
 from tintype.backends.onnx_weights import output_names
-from tintype.backends.openvino_model import read_model, widen_late
+from tintype.backends.openvino_model import chooses, read_model, widen_late
 from tintype.backends.remembering import InTwo, Memory, opened
 from tintype.bundle import DTYPES, Bundle
 from tintype.errors import BackendUnavailable, BundleError, RequestError
@@ -191,7 +191,9 @@ class OpenVinoBackend(OnHost):
         model = read_model(self._core, graph, self._weights)
         if self._device == "CPU":
             widen_late(model)
-        compiled = self._core.compile_model(model, self._device, self._options(dtype))
+        # In fewer bits another entry of a codebook would seem to be as near, and this has no such setting of one node.
+        options = self._options("float32" if chooses(model) else dtype)
+        compiled = self._core.compile_model(model, self._device, options)
         return _Graph(compiled, output_names(graph))
 
     def _options(self, dtype: str) -> dict[str, Any]:

@@ -41,6 +41,12 @@ def widen_late(model: ov.Model) -> None:
                     reader.get_node().get_rt_info()[mark] = ""
 
 
+def chooses(model: ov.Model) -> bool:
+    """Whether a graph goes on with the place of the least or the largest of some floats."""
+    searches = (node for node in model.get_ops() if node.get_type_name() == "TopK")
+    return any(node.get_input_element_type(0).is_real() for node in searches)
+
+
 def _leave_in_files(model: ov.Model, graph: bytes, weights: MappedWeights) -> None:
     """Replace the copies that the reader made of stored weights by what they were copied from."""
     stored = {tensor.name: tensor for tensor in external_tensors(graph)}

@@ -35,6 +35,7 @@ from tintype.models.stages import (
     step_stage,
 )
 from tintype.models.unet import TransformerBlock
+from tintype.models.vq_model import VQModel
 
 _DTYPES = {
     "float32": torch.float32,
@@ -325,7 +326,7 @@ def load_component(
 
 def made_safe(module: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """The module, its residual stream scaled down where its configuration says that float16 overflows."""
-    if isinstance(module, AutoencoderKL) and overflows(config, dtype):
+    if isinstance(module, AutoencoderKL | VQModel) and overflows(config, dtype):
         scale_residual_stream(module.decoder, _RESIDUAL_SCALE)
     return module
 

@@ -24,6 +24,7 @@ from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.t5 import T5Config, T5Encoder
 from tintype.models.unclip_projection import UnclipProjection, UnclipProjectionConfig
 from tintype.models.unet import UNet, UNetConfig
+from tintype.models.vq_model import VQModel, VQModelConfig
 
 
 def _text(name: str, config: Mapping[str, Any], *, projection: bool) -> nn.Module:
@@ -83,6 +84,10 @@ def _vae(_: str, config: Mapping[str, Any]) -> nn.Module:
     return AutoencoderKL(AutoencoderKLConfig.from_json(config))
 
 
+def _vq_model(_: str, config: Mapping[str, Any]) -> nn.Module:
+    return VQModel(VQModelConfig.from_json(config))
+
+
 _BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
     "UNet2DConditionModel": _unet,
     "UNet2DModel": _pixel_unet,
@@ -91,6 +96,7 @@ _BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
     "AutoencoderKL": _vae,
+    "VQModel": _vq_model,
     "T5EncoderModel": _t5,
     "CLIPTextModel": partial(_text, projection=False),
     "CLIPTextModelWithProjection": partial(_text, projection=True),

@@ -142,6 +142,12 @@ def _latent_factor(vae: Mapping[str, Any]) -> int:
     return int(2 ** (len(widths) - 1))
 
 
+def channels_field(vae: Mapping[str, Any]) -> str:
+    """The field of a VAE's configuration that says how many channels a denoiser sees: a codebook's entries may be
+    of other widths than what is around it."""
+    return "latent_channels" if vae.get("vq_embed_dim") is None else "vq_embed_dim"
+
+
 def encoder_stage(component: str) -> str:
     """The stage that a text encoder is: text_encoder_2 is encode_2."""
     return component.replace("text_encoder", "encode")
@@ -160,7 +166,7 @@ def default_settings(
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE[kind],
         "force_zeros_for_empty_prompt": force_zeros,
-        "latent_channels": _number_in(vae, "vae", "latent_channels", 4),
+        "latent_channels": _number_in(vae, "vae", channels_field(vae), 4),
         "latent_factor": factor,
         "denoiser_channels": _number_in(unet, "unet", "in_channels", 4),
     }
@@ -222,7 +228,8 @@ def unclip_settings(
     configs: Mapping[str, Mapping[str, Any]], schedulers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The settings of a request to unCLIP that leaves them open: those of its stages, `embedding_width`, the
-    `context_tokens` that an image embedding becomes, `prior_scheduler`, `super_res_scheduler`, and what all have."""
+    `context_tokens` that an image embedding becomes, `image_side`, the pixels of what is varied where pictures are,
+    `prior_scheduler`, `super_res_scheduler`, and what all have."""
     small, large = (
         _number_in(configs[name], name, "sample_size") for name in ("decoder", "super_res_first")
     )
@@ -234,7 +241,7 @@ def unclip_settings(
     parts = {"decoder": "decoder_scheduler", "prior": "prior_scheduler"}
     parts |= dict.fromkeys(("super_res_first", "super_res_last"), "super_res_scheduler")
     for part, scheduler in parts.items():
-        learned = schedulers[scheduler].get("variance_type") == "learned_range"
+        learned = schedulers.get(scheduler, {}).get("variance_type") == "learned_range"
         if learned and configs[part].get("out_channels") != 2 * pixels:
             raise CheckpointError(
                 f"{scheduler}/scheduler_config.json: variance_type='learned_range' is for models that predict it, with "
@@ -247,10 +254,16 @@ def unclip_settings(
         "latent_channels": pixels,
         "latent_factor": large // small,
         "denoiser_channels": pixels,
-        "embedding_width": _number_in(configs["prior"], "prior", "embedding_dim", 768),
+        "embedding_width": _number_in(
+            configs["text_proj"], "text_proj", "clip_embeddings_dim", 768
+        ),
         "context_tokens": _number_in(
             configs["text_proj"], "text_proj", "clip_extra_context_tokens", 4
         ),
-        "prior_scheduler": schedulers["prior_scheduler"],
-        "super_res_scheduler": schedulers["super_res_scheduler"],
+        **{name: config for name, config in schedulers.items() if name != "decoder_scheduler"},
+        **(
+            {"image_side": _number_in(configs["image_encoder"], "image_encoder", "image_size", 224)}
+            if "image_encoder" in configs
+            else {}
+        ),
     }

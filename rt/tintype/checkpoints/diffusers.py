@@ -13,6 +13,7 @@ from tintype.bundle import is_bundle, read_manifest
 from tintype.checkpoints.checkpoint import (
     Checkpoint,
     Component,
+    channels_field,
     default_settings,
     encoder_stage,
     flow_settings,
@@ -32,6 +33,7 @@ from tintype.errors import CheckpointError
 INDEX = "model_index.json"
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _T5 = ("T5EncoderModel",)
+_VAES = ("AutoencoderKL", "VQModel")
 _TASKS = ("", "Img2Img", "Inpaint")
 
 
@@ -51,7 +53,7 @@ _LAYOUTS = (
         tuple(f"StableDiffusion{kind}{task}Pipeline" for kind in ("", "XL") for task in _TASKS),
         {
             "unet": ("UNet2DConditionModel",),
-            "vae": ("AutoencoderKL",),
+            "vae": _VAES,
             "text_encoder": _CLIP,
             "text_encoder_2": ("CLIPTextModelWithProjection",),
             "image_encoder": ("CLIPVisionModelWithProjection",),
@@ -82,7 +84,7 @@ _LAYOUTS = (
     ),
     _Layout(
         "unclip",
-        ("UnCLIPPipeline",),
+        ("UnCLIPPipeline", "UnCLIPImageVariationPipeline"),
         {
             "text_encoder": ("CLIPTextModelWithProjection",),
             "prior": ("PriorTransformer",),
@@ -90,7 +92,9 @@ _LAYOUTS = (
             "decoder": ("UNet2DConditionModel",),
             "super_res_first": ("UNet2DModel",),
             "super_res_last": ("UNet2DModel",),
+            "image_encoder": ("CLIPVisionModelWithProjection",),
         },
+        optional=("prior", "image_encoder"),
     ),
 )
 # What diffusers' pipelines set in the oldest configurations of their schedulers as they load them.
@@ -128,10 +132,8 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
         components["vae"] = _unshifted(components["vae"])
     check_widths(folder, components)
     unclip = layout.family == "unclip"
-    schedulers = {
-        name: _scheduler(folder, name, layout.family, index)
-        for name in (_UNCLIP_SCHEDULERS if unclip else ("scheduler",))
-    }
+    named = [name for name in _UNCLIP_SCHEDULERS if name in index] if unclip else ["scheduler"]
+    schedulers = {name: _scheduler(folder, name, layout.family, index) for name in named}
     own = schedulers["decoder_scheduler" if unclip else "scheduler"]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Checkpoint(
@@ -168,18 +170,18 @@ _Widths = dict[str, dict[str, tuple[int | None, str]]]
 
 
 def _widths(configs: Mapping[str, Mapping[str, Any]]) -> _Widths:
-    if "prior" in configs:
+    if "text_proj" in configs:
         return _unclip_widths(configs)
     encoders = [config for name, config in configs.items() if name.startswith("text_encoder")]
     t5 = [config for config in encoders if "d_model" in config]
     clips = [config for config in encoders if "d_model" not in config]
     if "unet" in configs:
-        unet, last = configs["unet"], _total(encoders[-1:], "projection_dim")
+        unet, vae, last = configs["unet"], configs["vae"], _total(encoders[-1:], "projection_dim")
         sizes = 6 * (unet.get("addition_time_embed_dim") or 0)  # of picture, crop and aim
         return {
             "unet": {
                 "cross_attention_dim": (_total(encoders, "hidden_size"), "text encoders"),
-                "out_channels": (_total([configs["vae"]], "latent_channels"), "VAE"),
+                "out_channels": (_total([vae], channels_field(vae)), "VAE"),
                 "projection_class_embeddings_input_dim": (
                     sizes + last if sizes and last else None,
                     "last text encoder and the sizes",
@@ -199,21 +201,25 @@ def _widths(configs: Mapping[str, Mapping[str, Any]]) -> _Widths:
 
 
 def _unclip_widths(configs: Mapping[str, Mapping[str, Any]]) -> _Widths:
-    text, prior, projection, decoder = (
-        partial(_total, [configs[name]])
-        for name in ("text_encoder", "prior", "text_proj", "decoder")
+    text, projection, decoder = (
+        partial(_total, [configs[name]]) for name in ("text_encoder", "text_proj", "decoder")
     )
+    embeds = {"projection_dim": (text("projection_dim"), "text encoder's embeddings")}
+    optional: _Widths = {
+        "prior": {"embedding_dim": embeds["projection_dim"]},
+        "image_encoder": embeds,
+    }
     pixels = decoder("in_channels")
     beside = (pixels and 2 * pixels, "noisy and the decoder's pixels")
     return {
         "text_encoder": {"projection_dim": (text("hidden_size"), "hidden states")},
-        "prior": {"embedding_dim": (text("projection_dim"), "text encoder's embeddings")},
-        "text_proj": {"clip_embeddings_dim": (prior("embedding_dim"), "prior's embeddings")},
+        "text_proj": {"clip_embeddings_dim": embeds["projection_dim"]},
         "decoder": {
             "cross_attention_dim": (projection("cross_attention_dim"), "text_proj's tokens")
         },
         "super_res_first": {"in_channels": beside},
         "super_res_last": {"in_channels": beside},
+        **{name: fields for name, fields in optional.items() if name in configs},
     }
 
 
@@ -367,7 +373,7 @@ def _component(
 
 
 def _translation(architecture: str) -> Translate:
-    if architecture == "AutoencoderKL":
+    if architecture in _VAES:
         return vae_key
     if architecture in _CLIP:
         return text_encoder_key

@@ -25,7 +25,7 @@ from tintype.families.editing import Edit, mask_latents, masked
 from tintype.families.stepping import OnStep, Stepper, stages
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
-from tintype.images import resize_latents
+from tintype.images import cover, resize_latents
 from tintype.noise import initial_noise
 from tintype.profiles import Profile
 from tintype.request import ImageRequest
@@ -78,6 +78,15 @@ class LatentDiffusion:
         """Whether the denoiser is shown a mask and a masked picture besides the latents."""
         channels = int(self.defaults.get("latent_channels", 4))
         return int(self.defaults.get("denoiser_channels", channels)) == 2 * channels + 1
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arguments beside a prompt that a request must have."""
+        return ("image", "mask_image") if self.inpaints else ()
+
+    def fitted(self, picture: Floats, width: int, height: int) -> Floats:
+        """A picture, or a mask, [1, h, w, c] at the size that is asked for."""
+        return cover(picture, width, height)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """[c, h/f, w/f] of one picture."""

@@ -1,8 +1,9 @@
 """unCLIP (DALL-E 2, Karlo): encode -> prior -> denoise -> enlarge, on numpy.
 
-A prior draws how CLIP would embed a picture of the text; a decoder draws a small picture of that embedding and the
-text; two upsamplers, the second of which makes the last step alone, enlarge it. All walk tables, and each picture's
-noise is its seed's own. Stage faces are in `models.unclip_stages`. Ramesh et al. 2022 (arXiv 2204.06125).
+A prior draws how CLIP would embed a picture of the text, or CLIP embeds one that shall be varied; a decoder draws a
+small picture of that embedding and the text; two upsamplers, the second of which makes the last step alone, enlarge it.
+All walk tables, and each picture's noise is its seed's own. Stage faces are in `models.unclip_stages`. Ramesh et al.
+2022 (arXiv 2204.06125).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tintype.families.denoiser import Rows, Texts, Told
 from tintype.families.stepping import OnStep
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
-from tintype.images import resize_latents
+from tintype.images import cover, resize_latents
 from tintype.request import Cascade, ImageRequest
 from tintype.sampling import Predict, StepNoise, require_finite, walk
 from tintype.schedulers import Table, default_name, make_table
@@ -43,7 +44,10 @@ class Unclip:
     kind: str = "unclip"
     _empty: dict[str, Conditioning] = field(default_factory=dict, repr=False)
 
-    inpaints = False
+    def fitted(self, picture: Floats, width: int, height: int) -> Floats:
+        """A picture [1, h, w, 3] to be varied, as CLIP sees it, [1, s, s, 3]; as it is where no CLIP does."""
+        side = int(self.defaults.get("image_side", 0))
+        return cover(picture, side, side, "bicubic") if side else picture
 
     @property
     def text(self) -> TextSide:
@@ -55,18 +59,18 @@ class Unclip:
         """Pixels of the picture for one that the decoder draws."""
         return int(self.defaults["latent_factor"])
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arguments beside a prompt that a request must have."""
+        return () if "prior" in self.backend.stages else ("image",)
+
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """[c, h/f, w/f] of what the decoder draws."""
         return int(self.defaults["latent_channels"]), height // self.factor, width // self.factor
 
     def check(self, request: ImageRequest) -> None:
         """Refuse what cannot be run, and begin to make ready what will be."""
-        for argument in ("image", "interpolate_from", "long_prompts"):
-            given = getattr(request, argument)
-            if given is not None and given is not False:
-                raise RequestError(
-                    f"{argument} is not for unCLIP models, which draw from a text alone"
-                )
+        self._check_kind(request)
         if not self.runs(request.width, request.height):
             raise ProfileError(
                 f"size {request.width}x{request.height} is not in this model; it draws {self._size}"
@@ -84,7 +88,8 @@ class Unclip:
 
     def evaluations(self, request: ImageRequest) -> int:
         """How often a model is asked for one picture."""
-        tables = (self._prior_table, self._table, self._enlarging_table)
+        tables = [self._table, self._enlarging_table]
+        tables += [] if _varies(request) else [self._prior_table]
         return sum(len(table(request)) for table in tables)
 
     def together(self, request: ImageRequest) -> int:
@@ -139,8 +144,13 @@ class Unclip:
     def _image_embeds(
         self, requests: Sequence[ImageRequest], texts: Sequence[Texts], on_step: OnStep
     ) -> Floats:
-        """How CLIP would embed pictures of the texts, [n, e]."""
-        first, table = requests[0], self._prior_table(requests[0])
+        """How CLIP would embed pictures of the texts, or embeds those that were given, [n, e]."""
+        first = requests[0]
+        if _varies(first):
+            images = [request.image for request in requests if request.image is not None]
+            runs = [self._run(self._rows(first)["embed_image"], {"image": each}) for each in images]
+            return np.concatenate([each["image_embeds"] for each in runs])
+        table = self._prior_table(first)
         guidance = Guidance(scales(_cascade(first).prior_guidance, len(table), 0))
         conditional = [pair[1] for pair in texts]
         rows = self._rows(first)
@@ -203,6 +213,21 @@ class Unclip:
         shape = (small.shape[1], first.height, first.width)
         return _walked(requests, "enlarged", shape, table, predict, guidance, on_step)
 
+    def _check_kind(self, request: ImageRequest) -> None:
+        """Refuse what this kind of unCLIP does not begin with, or none does."""
+        for argument in ("mask", "interpolate_from", "long_prompts"):
+            given = getattr(request, argument)
+            if given is not None and given is not False:
+                named = "mask_image" if argument == "mask" else argument
+                raise RequestError(f"{named} is not for unCLIP models; leave it out")
+        needed = "embed_image" if _varies(request) else "prior"
+        if needed not in self.backend.stages:
+            raise RequestError(
+                "this model has no image_encoder, and draws from a text alone; leave image out"
+                if _varies(request)
+                else "this model has no prior, and varies pictures; give image"
+            )
+
     def _run(self, rows: Rows, inputs: Told) -> dict[str, Floats]:
         """One row of a stage that no step repeats."""
         (profile,) = rows.profiles(1)
@@ -212,17 +237,18 @@ class Unclip:
         return outputs
 
     def _rows(self, request: ImageRequest) -> dict[str, Rows]:
-        """The stages behind the text encoder's."""
+        """The stages behind the text encoder's that a request takes."""
+        unused = ("prior", "embed") if _varies(request) else ("embed_image",)
         return {
             stage: Rows(self.backend, stage, request.width, request.height)
             for stage in self.backend.stages
-            if stage not in self.text.stages
+            if stage not in (*self.text.stages, *unused)
         }
 
     def _count(self, stage: str, request: ImageRequest) -> int:
         """How many rows of a stage one picture takes at most."""
         guided = {
-            "prior": _cascade(request).prior_guidance > 1,
+            "prior": _cascade(request).prior_guidance > 1 and not _varies(request),
             "denoise": self._guidance(request, self._table(request)).applies,
         }
         return 2 if guided.get(stage) else 1
@@ -243,6 +269,11 @@ class Unclip:
     def _enlarging_table(self, request: ImageRequest) -> Table:
         steps = _cascade(request).enlarging_steps
         return _own_table(self.defaults["super_res_scheduler"], steps)
+
+
+def _varies(request: ImageRequest) -> bool:
+    """Whether a picture was given, in the place of what a prior draws."""
+    return request.image is not None
 
 
 def _cascade(request: ImageRequest) -> Cascade:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,17 @@ from tintype.models.layers import (
     tokens_to_image,
 )
 
+if TYPE_CHECKING:
+    from tintype.models.vq_model import VQModel
+
 _EPS = 1e-6
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "down_block_types": ("DownEncoderBlock2D",),
     "up_block_types": ("UpDecoderBlock2D",),
     "mid_block_add_attention": (True,),
-    "force_upcast": (
-        True,
-    ),  # a precision hint; the runtime decides by itself, see scale_residual_stream
+    # a precision hint; the runtime decides by itself, see scale_residual_stream
+    "force_upcast": (True, False),
 }
 
 
@@ -57,6 +59,23 @@ class AutoencoderKLConfig:
     def factor(self) -> int:
         """Pixels a latent cell, along each axis."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+class Widths(Protocol):
+    """What encoder and decoder read of their autoencoder's configuration."""
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def block_out_channels(self) -> tuple[int, ...]: ...
+    @property
+    def layers_per_block(self) -> int: ...
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def norm_num_groups(self) -> int: ...
 
 
 class MidAttention(nn.Module):
@@ -108,9 +127,9 @@ class _Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image [n, 3, h, w] -> moments [n, 2*latent, h/f, w/f]."""
+    """Image [n, 3, h, w] -> [n, channels_out, h/f, w/f]."""
 
-    def __init__(self, config: AutoencoderKLConfig) -> None:
+    def __init__(self, config: Widths, channels_out: int) -> None:
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -122,7 +141,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(block)
         self.mid_block = _MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = convolved(self.conv_in, x)
@@ -134,7 +153,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents [n, latent, h/f, w/f] -> image [n, 3, h, w]."""
 
-    def __init__(self, config: AutoencoderKLConfig) -> None:
+    def __init__(self, config: Widths) -> None:
         super().__init__()
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
@@ -161,10 +180,11 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        moments = 2 * config.latent_channels
+        self.encoder = Encoder(config, moments)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+            self.quant_conv = nn.Conv2d(moments, moments, 1)
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
@@ -176,8 +196,13 @@ class AutoencoderKL(nn.Module):
         ).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
+    def means(self, image: Tensor) -> Tensor:
+        """[n, 3, h, w] in -1..1 -> the mean of the latents, [n, latent, h/f, w/f]."""
+        return self.encode(image)[0]
+
     def decode(self, latents: Tensor) -> Tensor:
-        """[n, latent, h/f, w/f] -> [n, 3, h, w], nominally in -1..1 (not clamped)."""
+        """[n, latent, h/f, w/f] of any type -> [n, 3, h, w], nominally in -1..1 (not clamped)."""
+        latents = latents.to(self.decoder.conv_norm_out.weight.dtype)
         return self.decoder(
             self.post_quant_conv(latents) if self.config.use_post_quant_conv else latents
         )
@@ -192,7 +217,7 @@ class AutoencoderKL(nn.Module):
 
 
 def decode_tiled(
-    vae: AutoencoderKL, latents: Tensor, *, tile: int = 64, overlap: float = 0.25
+    vae: AutoencoderKL | VQModel, latents: Tensor, *, tile: int = 64, overlap: float = 0.25
 ) -> Tensor:
     """Decode in overlapping tiles of ``tile`` latent cells so that peak memory does not grow with the image.
 
@@ -203,17 +228,10 @@ def decode_tiled(
 
 
 def encode_tiled(
-    vae: AutoencoderKL, image: Tensor, *, tile: int = 512, overlap: float = 0.25
-) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance as ``AutoencoderKL.encode``, in overlapping tiles of ``tile`` pixels."""
-
-    def moments(x: Tensor) -> Tensor:
-        return torch.cat(vae.encode(x), dim=1)
-
-    mean, log_variance = _tiled(moments, image, tile, tile // vae.config.factor, overlap).chunk(
-        2, dim=1
-    )
-    return mean, log_variance
+    vae: AutoencoderKL | VQModel, image: Tensor, *, tile: int = 512, overlap: float = 0.25
+) -> Tensor:
+    """What ``vae.means`` gives, in overlapping tiles of ``tile`` pixels."""
+    return _tiled(vae.means, image, tile, tile // vae.config.factor, overlap)
 
 
 def _tiled(

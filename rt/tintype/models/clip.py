@@ -15,6 +15,9 @@ from tintype.models.config import from_json, require_dividing
 from tintype.models.layers import image_to_tokens, merge_heads, split_heads
 
 _ACTIVATIONS = ("quick_gelu", "gelu")
+# of the pictures in 0..1 that every published CLIP was trained on, by channel
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)

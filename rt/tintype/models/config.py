@@ -77,9 +77,8 @@ def from_json(
 
 
 def _is_off(value: Any, neutral: Collection[Any]) -> bool:
-    """Whether this asks for nothing: zero does not where it stands for another number that we compute with."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return not value and not (number and neutral)
+    """Whether this asks for nothing: zero and false do not where they stand for another value that we compute with."""
+    return not value and not (isinstance(value, bool | int | float) and neutral)
 
 
 _KINDS = {

@@ -44,7 +44,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "resnet_out_scale_factor": (1.0,),
     "time_embedding_type": ("positional",),
     "transformer_layers_per_block": (1,),
-    "upcast_attention": (True,),
+    "upcast_attention": (True, False),
     "upsample_type": ("conv",),
 }
 

@@ -35,6 +35,7 @@ from tintype.models.stage import Remembering, Stage
 from tintype.models.t5 import T5Encoder
 from tintype.models.unclip_stages import CASCADE, cascade_stage
 from tintype.models.unet import UNet
+from tintype.models.vq_model import VQModel
 
 Hidden = Literal["last", "penultimate"]
 _ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
@@ -270,16 +271,16 @@ class DecodeStage(Stage):
     inputs = ("latents",)
     outputs = ("image",)
 
-    def __init__(self, vae: AutoencoderKL, *, keep_overflow: bool = False) -> None:
+    def __init__(self, vae: AutoencoderKL | VQModel, *, keep_overflow: bool = False) -> None:
         super().__init__()
         self.vae = vae
         self.keep_overflow = keep_overflow
         self.tiled = False  # in overlapping tiles, whose memory does not grow with the picture
 
     def forward(self, latents: Tensor) -> Tensor:
-        scaled = self.vae.from_model(latents).to(self.dtype)
+        unscaled = self.vae.from_model(latents)
         decoded = (
-            decode_tiled(self.vae, scaled) if self.tiled else self.vae.decode(scaled)
+            decode_tiled(self.vae, unscaled) if self.tiled else self.vae.decode(unscaled)
         ).float()
         image = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         if self.keep_overflow:
@@ -288,31 +289,31 @@ class DecodeStage(Stage):
 
 
 class EncodeImageStage(Stage):
-    """Image -> the mean of its latents."""
+    """Image -> the mean of its latents, or those that no codebook has rounded yet."""
 
     inputs = ("image",)
     outputs = ("latents",)
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL | VQModel) -> None:
         super().__init__()
         self.vae = vae
         self.tiled = False
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = (image.permute(0, 3, 1, 2) * 2 - 1).to(self.dtype)
-        mean, _ = encode_tiled(self.vae, pixels) if self.tiled else self.vae.encode(pixels)
-        return self.vae.to_model(mean.float())
+        means = encode_tiled(self.vae, pixels) if self.tiled else self.vae.means(pixels)
+        return self.vae.to_model(means.float())
 
 
 def _is_cascade(components: Collection[str]) -> bool:
     """Whether these are unCLIP's."""
-    return "prior" in components
+    return "text_proj" in components
 
 
 def stage_names(components: Collection[str]) -> tuple[str, ...]:
     """The stages of a checkpoint with these components, in the order in which they run."""
     if _is_cascade(components):
-        return ("encode", *CASCADE)
+        return ("encode", *(stage for stage, part in CASCADE.items() if part in components))
     encoders = [name for name in _ENCODERS if _ENCODERS[name] in components]
     return (*encoders, "denoise", *STEPS, "decode", "encode_image")
 

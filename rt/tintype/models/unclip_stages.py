@@ -3,6 +3,7 @@
     prior         sample [n, e], timestep [n], encoder_hidden_states [n, t, e], text_embeds [n, e], text_mask [n, t]
                                                               -> model_output [n, e]
     embed         latents [n, e], where the prior's steps end   -> image_embeds [n, e]
+    embed_image   image [n, s, s, 3] in 0..1                    -> image_embeds [n, e], in the place of the two before
     project       image_embeds [n, e], shown [n], encoder_hidden_states [n, t, e], text_embeds [n, e]
                                                               -> context [n, k, d], added [n, m]
     denoise       sample [n, 3, h, w], timestep [n], context [n, k, d], context_mask [n, k], added [n, m]
@@ -16,8 +17,10 @@ noisy pixels and, behind them, the small picture at the large size.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from tintype.models.clip import DEVIATION, MEAN, CLIPImageEncoder
 from tintype.models.pixel_unet import PixelUNet
 from tintype.models.prior import Prior
 from tintype.models.stage import Stage
@@ -27,6 +30,7 @@ from tintype.models.unclip_projection import UnclipProjection
 CASCADE = {
     "prior": "prior",
     "embed": "prior",
+    "embed_image": "image_encoder",
     "project": "text_proj",
     "denoise": "decoder",
     "enlarge": "super_res_first",
@@ -68,6 +72,22 @@ class EmbedStage(Stage):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.prior.embedded(latents.to(self.dtype)).float()
+
+
+class EmbedImageStage(Stage):
+    """A picture -> its image embedding of CLIP's."""
+
+    inputs = ("image",)
+    outputs = ("image_embeds",)
+
+    def __init__(self, encoder: CLIPImageEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean, deviation = (torch.tensor(each, device=image.device) for each in (MEAN, DEVIATION))
+        pixels = ((image - mean) / deviation).permute(0, 3, 1, 2)
+        return self.encoder(pixels.to(self.dtype)).float()
 
 
 class ProjectStage(Stage):
@@ -126,6 +146,7 @@ class EnlargeStage(Stage):
 _STAGES: dict[str, type[Stage]] = {
     "prior": PriorStage,
     "embed": EmbedStage,
+    "embed_image": EmbedImageStage,
     "project": ProjectStage,
     "denoise": PixelDenoiseStage,
     "enlarge": EnlargeStage,

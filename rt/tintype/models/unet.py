@@ -60,9 +60,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
     "addition_embed_type_num_heads": (64,),
-    "upcast_attention": (
-        True,
-    ),  # a precision hint: attention scores are accumulated in float32 here in any case
+    # a precision hint: attention scores are accumulated in float32 here in any case
+    "upcast_attention": (True, False),
 }
 
 

@@ -125,6 +125,14 @@ def test_a_text_encoder_with_fewer_places_than_its_tokenizer_gives_tokens_is_tol
         tintype.load(folder)
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_flows_have_no_codebook(copied: Callable[[str], Path], kind: str) -> None:
+    folder = copied(kind)
+    edit(folder / "model_index.json", vae=["diffusers", "VQModel"])
+    with pytest.raises(CheckpointError, match="vae is a VQModel; supported: AutoencoderKL$"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_unets_pipeline_shifts_no_latents(copied: Callable[[str], Path], kind: str) -> None:
     folder = copied(kind)

@@ -59,7 +59,12 @@ def test_every_component_holds_what_diffusers_saved(saved: Saved, kind: str) -> 
 
 @pytest.mark.parametrize(
     ("kind", "guidance", "zeros", "tokenizers"),
-    [("sd1", 7.5, False, 1), ("sd2", 7.5, False, 1), ("sdxl", 5.0, True, 2)],
+    [
+        ("sd1", 7.5, False, 1),
+        ("sd2", 7.5, False, 1),
+        ("sdxl", 5.0, True, 2),
+        ("sd_vq", 7.5, False, 1),
+    ],
 )
 def test_defaults_are_the_published_ones(
     saved: Saved, kind: str, guidance: float, zeros: bool, tokenizers: int
@@ -134,6 +139,7 @@ def test_a_component_of_no_class_is_absent(copied: Path) -> None:
     [
         ("sd1", {"cross_attention_dim": 32}, "cross_attention_dim is 32, and the text encoders"),
         ("sd1", {"out_channels": 8}, "out_channels is 8, and the VAE"),
+        ("sd_vq", {"out_channels": 3}, "out_channels is 3, and the VAE give 4"),
         (
             "sdxl",
             {"projection_class_embeddings_input_dim": 176},
@@ -205,7 +211,9 @@ def test_an_index_may_not_point_out_of_its_folder(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_old_names_of_vae_attention_are_understood(copied: Path) -> None:
+@pytest.mark.parametrize("kind", ["sd1", "sd_vq"])
+def test_old_names_of_vae_attention_are_understood(saved: Saved, tmp_path: Path, kind: str) -> None:
+    copied = Path(shutil.copytree(saved(kind), tmp_path / "copy"))
     expected = open_checkpoint(copied).component("vae").state_dict()
     expected = {key: value.clone() for key, value in expected.items()}
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

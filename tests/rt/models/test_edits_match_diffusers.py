@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +72,25 @@ def told(
     kind: type, shape: tuple[int, int, int], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Give diffusers' pipelines of a kind our noise, and the mean of a picture's latents."""
-    module = sys.modules[kind.__module__]
+    module: Any = sys.modules[kind.__module__]
     noise = torch.from_numpy(initial_noise(seed, shape)[None].copy())
+    means = partial(module.retrieve_latents, sample_mode="argmax")
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
-    monkeypatch.setattr(
-        module, "retrieve_latents", lambda output, *_, **__: output.latent_dist.mode()
-    )
+    monkeypatch.setattr(module, "retrieve_latents", lambda output, *_, **__: means(output))
 
 
-@pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("model", "scheduler", "strength"),
+    [*product(["sd1"], SCHEDULERS, [0.35, 0.8, 1.0]), ("sd_vq", "ddim", 0.8)],
+)
 def test_image_to_image(
-    saved: Saved, scheduler: str, strength: float, monkeypatch: pytest.MonkeyPatch
+    saved: Saved, model: str, scheduler: str, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = diffusers.StableDiffusionImg2ImgPipeline
-    pipe = theirs(kind, saved("sd1"), scheduler, 7, monkeypatch)
+    pipe = theirs(kind, saved(model), scheduler, 7, monkeypatch)
     request = {**REQUEST, "image": picture(), "strength": strength}
     expected = pipe(**request).images
-    actual = tintype.load(saved("sd1"))(**request, seed=7, scheduler=scheduler).images
+    actual = tintype.load(saved(model))(**request, seed=7, scheduler=scheduler).images
     assert relative_error(actual, expected) <= LATENTS_20_STEPS
 
 
@@ -115,9 +118,13 @@ def test_flow_edits_run_the_step_that_the_strength_cuts(
     assert relative_error(actual.numpy(), expected) <= LATENTS_20_STEPS
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc", "heun"])
-@pytest.mark.parametrize("model", ["sd1", "sd_inpainting"])
+@pytest.mark.parametrize(
+    ("model", "scheduler", "strength"),
+    [
+        *product(["sd1", "sd_inpainting"], ["ddim", "euler", "unipc", "heun"], [0.5, 1.0]),
+        ("sd_vq", "ddim", 0.5),
+    ],
+)
 def test_inpainting(
     saved: Saved, model: str, scheduler: str, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

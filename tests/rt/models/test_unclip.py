@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from PIL import Image
 from safetensors.torch import save_file
 
 import small_unclip_checkpoint as small
 import tintype
+from tintype import images
 from tintype.errors import CheckpointError, ProfileError, RequestError
+from tintype.models.clip import DEVIATION, MEAN
 from tintype.models.pixel_unet import PixelUNet, PixelUNetConfig
 from tintype.models.prior import Prior, PriorConfig
 from tintype.models.unclip_projection import UnclipProjection, UnclipProjectionConfig
-from tintype.noise import initial_noise, step_noise
+from tintype.noise import Walk, initial_noise, step_noise
 from tintype_bench import published_configs as published
 from tolerances import LATENTS_20_STEPS, MODULE_FP32, relative_error
 
@@ -32,6 +35,7 @@ STEPS = {
     "num_inference_steps": 5,
     "super_res_num_inference_steps": 4,
 }
+REQUEST = {**STEPS, "output_type": "np"}
 
 
 def pair(theirs: torch.nn.Module, ours: torch.nn.Module) -> Any:
@@ -178,19 +182,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.save(tmp_path_factory.mktemp("unclip") / "model")
 
 
-@pytest.fixture
-def drawn_as_ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Diffusers draws for its steps, one after the other, what we draw for seed 3."""
+def draw_as_ours(monkeypatch: pytest.MonkeyPatch, *walks: Walk) -> Iterator[torch.Tensor]:
+    """Have diffusers draw for the steps of these walks, one after the other, what we draw for seed 3."""
     shapes = {"prior": (small.WIDTH,), "picture": (3, 8, 8), "enlarged": (3, 32, 32)}
     draws = iter(
         torch.from_numpy(step_noise(3, step, shapes[walk], walk)[None].copy())
         for walk, count in zip(shapes, STEPS.values(), strict=True)
+        if walk in walks
         for step in range(count - 1)
     )
     module = sys.modules[diffusers.UnCLIPScheduler.__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(draws))
-    yield
-    assert next(draws, None) is None
+    return draws
 
 
 def consistent(scheduler: Any) -> Any:
@@ -213,8 +216,10 @@ def latents() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("guidance", [(4.0, 8.0), (1.0, 3.0), (2.0, 1.0), (1.0, 1.0)], ids=str)
-@pytest.mark.usefixtures("drawn_as_ours")
-def test_a_picture_equals_diffusers(folder: Path, guidance: tuple[float, float]) -> None:
+def test_a_picture_equals_diffusers(
+    folder: Path, guidance: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = draw_as_ours(monkeypatch, "prior", "picture", "enlarged")
     before, during = guidance
     theirs = diffusers.UnCLIPPipeline(**small.parts())
     theirs.set_progress_bar_config(disable=True)
@@ -238,11 +243,71 @@ def test_a_picture_equals_diffusers(folder: Path, guidance: tuple[float, float])
         guidance_scale=during,
         output_type="np",
     ).images
+    assert next(draws, None) is None
     assert actual.std() > 0.05  # not clipped to one colour
     assert relative_error(actual, expected) <= LATENTS_20_STEPS
 
 
-REQUEST = {**STEPS, "output_type": "np"}
+@pytest.fixture(scope="module")
+def varying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_variation(tmp_path_factory.mktemp("varying") / "model")
+
+
+def picture(side: int) -> Image.Image:
+    colours = np.random.default_rng(side).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(colours).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("guidance", [8.0, 1.0])
+def test_a_variation_equals_diffusers(
+    varying: Path, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_as_ours(monkeypatch, "picture", "enlarged")
+    theirs = diffusers.UnCLIPImageVariationPipeline(**small.variation_parts())
+    theirs.set_progress_bar_config(disable=True)
+    for name in ("decoder_scheduler", "super_res_scheduler"):
+        consistent(getattr(theirs, name))
+    begun = {name: each for name, each in latents().items() if not name.startswith("prior")}
+    expected = theirs(
+        picture(small.SIDE),
+        decoder_num_inference_steps=5,
+        super_res_num_inference_steps=4,
+        decoder_guidance_scale=guidance,
+        output_type="np",
+        **begun,
+    ).images
+    actual = tintype.load(varying)(
+        "", image=picture(small.SIDE), seed=3, **REQUEST, guidance_scale=guidance
+    ).images
+    assert relative_error(actual, expected) <= LATENTS_20_STEPS
+
+
+def test_a_picture_is_shown_to_clip_as_its_own_processor_does(varying: Path) -> None:
+    family = tintype.load(varying).family
+    processor = small.variation_parts()["feature_extractor"]
+    whole = picture(3 * small.SIDE)
+    expected = processor(images=whole, return_tensors="np").pixel_values[0]
+    shown = family.fitted(images.to_numpy(whole), 32, 32)
+    actual = np.moveaxis((shown[0] - MEAN) / DEVIATION, -1, 0)
+    assert np.abs(actual - expected).max() <= 1.01 / 255 / min(DEVIATION)  # its pixels are whole
+
+
+def test_what_varies_pictures_takes_one_and_what_draws_from_texts_takes_none(
+    folder: Path, varying: Path
+) -> None:
+    with pytest.raises(RequestError, match="has no prior, and varies pictures; give image"):
+        tintype.load(varying)("red", **REQUEST)
+    with pytest.raises(RequestError, match="has no image_encoder, and draws from a text alone"):
+        tintype.load(folder)("red", image=picture(32), **REQUEST)
+
+
+def test_variations_differ_by_picture_text_and_seed_and_keep_their_bytes(varying: Path) -> None:
+    pipeline = tintype.load(varying)
+    pictures = [picture(32), picture(48), picture(48), picture(48)]
+    made = pipeline(["", "", "red", "red"], image=pictures, seed=[3, 3, 3, 4], **REQUEST).images
+    assert len({each.tobytes() for each in made}) == 4
+    alone = pipeline("red", image=picture(48), seed=4, **REQUEST).images[0]
+    assert alone.tobytes() == made[3].tobytes()
 
 
 def test_a_picture_has_its_own_bytes_in_any_batch(folder: Path) -> None:
@@ -306,7 +371,8 @@ def test_steps_of_all_stages_are_counted_and_can_be_cancelled(folder: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"image": np.zeros((32, 32, 3))}, RequestError, "image is not for unCLIP"),
+        ({"image": np.zeros((32, 32, 3))}, RequestError, "no image_encoder, and draws from a text"),
+        ({"strength": 0.5}, RequestError, "strength=0.5 is not for unCLIP models"),
         ({"long_prompts": True}, RequestError, "long_prompts is not for unCLIP"),
         ({"interpolate_from": (16, 16)}, RequestError, "interpolate_from is not for unCLIP"),
         ({"width": 64}, ProfileError, "size 64x32 is not in this model; it draws 32x32"),
