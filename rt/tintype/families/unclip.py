@@ -44,11 +44,6 @@ class Unclip:
     kind: str = "unclip"
     _empty: dict[str, Conditioning] = field(default_factory=dict, repr=False)
 
-    def fitted(self, picture: Floats, width: int, height: int) -> Floats:
-        """A picture [1, h, w, 3] to be varied, as CLIP sees it, [1, s, s, 3]; as it is where no CLIP does."""
-        side = int(self.defaults.get("image_side", 0))
-        return cover(picture, side, side, "bicubic") if side else picture
-
     @property
     def text(self) -> TextSide:
         """The prompt encoder."""
@@ -63,6 +58,11 @@ class Unclip:
     def needs(self) -> tuple[str, ...]:
         """The arguments beside a prompt that a request must have."""
         return () if "prior" in self.backend.stages else ("image",)
+
+    def fitted(self, picture: Floats, width: int, height: int) -> Floats:
+        """A picture [1, h, w, 3] to be varied, as CLIP sees it, [1, s, s, 3]; as it is where no CLIP does."""
+        side = int(self.defaults.get("image_side", 0))
+        return cover(picture, side, side, "bicubic") if side else picture
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """[c, h/f, w/f] of what the decoder draws."""
@@ -115,9 +115,15 @@ class Unclip:
         on_step: OnStep,
         timings: Timings,
     ) -> Floats:
-        """Pixels [n, 3, h, w] around -1..1 of requests that differ in prompt and seed alone."""
+        """Pixels [n, 3, h, w] around -1..1 of requests that differ in prompt, picture and seed alone.
+
+        `pictures` is the call's own cache of image embeddings, by the identity of the picture that they are of.
+        """
         with timed(timings, "prior"):
-            embeds = self._image_embeds(requests, texts, on_step)
+            if _varies(requests[0]):
+                embeds = np.concatenate([self._embedded(each, pictures) for each in requests])
+            else:
+                embeds = self._image_embeds(requests, texts, on_step)
         with timed(timings, "denoise"):
             small = self._drawn(requests, texts, embeds, on_step)
         with timed(timings, "enlarge"):
@@ -144,13 +150,8 @@ class Unclip:
     def _image_embeds(
         self, requests: Sequence[ImageRequest], texts: Sequence[Texts], on_step: OnStep
     ) -> Floats:
-        """How CLIP would embed pictures of the texts, or embeds those that were given, [n, e]."""
-        first = requests[0]
-        if _varies(first):
-            images = [request.image for request in requests if request.image is not None]
-            runs = [self._run(self._rows(first)["embed_image"], {"image": each}) for each in images]
-            return np.concatenate([each["image_embeds"] for each in runs])
-        table = self._prior_table(first)
+        """How CLIP would embed pictures of the texts, [n, e]."""
+        first, table = requests[0], self._prior_table(requests[0])
         guidance = Guidance(scales(_cascade(first).prior_guidance, len(table), 0))
         conditional = [pair[1] for pair in texts]
         rows = self._rows(first)
@@ -161,6 +162,14 @@ class Unclip:
         latents = _walked(requests, "prior", shape, table, predict, guidance, on_step)
         embeds = [self._run(rows["embed"], {"latents": each[None]}) for each in latents]
         return np.concatenate([each["image_embeds"] for each in embeds])
+
+    def _embedded(self, request: ImageRequest, known: dict[int, Floats]) -> Floats:
+        """How CLIP embeds the picture that was given, [1, e], from `known` by its identity where it is there."""
+        assert request.image is not None
+        if id(request.image) not in known:
+            ran = self._run(self._rows(request)["embed_image"], {"image": request.image})
+            known[id(request.image)] = ran["image_embeds"]
+        return known[id(request.image)]
 
     def _drawn(
         self,

@@ -310,6 +310,15 @@ def test_variations_differ_by_picture_text_and_seed_and_keep_their_bytes(varying
     assert alone.tobytes() == made[3].tobytes()
 
 
+def test_a_picture_that_is_varied_often_is_embedded_once(varying: Path) -> None:
+    pipeline, seen = tintype.load(varying), []
+    pipeline.family.backend.module("embed_image").register_forward_pre_hook(
+        lambda _, given: seen.append(given)
+    )
+    pipeline("red", image=picture(48), num_images_per_prompt=3, seed=1, **REQUEST)
+    assert len(seen) == 1
+
+
 def test_a_picture_has_its_own_bytes_in_any_batch(folder: Path) -> None:
     pipeline = tintype.load(folder)
     batch = pipeline([PROMPT, "the"], seed=[3, 5], **REQUEST)
