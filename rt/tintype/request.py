@@ -132,6 +132,13 @@ def starts(latents: NDArray[Any], count: int) -> list[Floats]:
     return [given[image : image + 1] for image in range(count)]
 
 
+def require_latents(request: ImageRequest, shape: tuple[int, ...]) -> None:
+    """Refuse latents that are not of the shape [c, h/f, w/f] of what is walked."""
+    if request.latents is not None and request.latents.shape[1:] != shape:
+        given = list(request.latents.shape[1:])
+        raise RequestError(f"latents has shape [n, {given}], expected [n, {list(shape)}]")
+
+
 def _real_array(name: str, value: Any) -> Floats:
     """Numbers as a contiguous float32 array, or a RequestError that names the argument."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,10 @@ class DiffusersPictures:
     def __init__(self, pipe: Any, work: Work, denoiser: str, device: str) -> None:
         self._pipe, self._work, self._denoiser, self._device = pipe, work, denoiser, device
         self._arguments = _arguments(pipe, work, device)
+        self._noise = _unclip_noise(pipe, work, device) if denoiser == "decoder" else []
 
     def run(self) -> Pictures:
-        with torch.inference_mode(), _our_noise(self._pipe, self._work):
+        with torch.inference_mode(), _given_noise(self._pipe, self._noise):
             return np.asarray(self._pipe(**self._arguments).images, np.float32)
 
     def stages(self) -> dict[str, float]:
@@ -149,14 +150,14 @@ def _timed(
 def _arguments(pipe: Any, work: Work, device: str) -> dict[str, Any]:
     """What the pipeline is called with; latents in the form that it takes them in."""
     defaults = open_checkpoint(work.checkpoint).defaults
+    first = next(getattr(pipe, _denoiser_name(pipe)).parameters())
+    if _denoiser_name(pipe) == "decoder":
+        return _unclip_arguments(work, defaults, first)
     channels, factor = defaults["latent_channels"], defaults["latent_factor"]
     latents = torch.from_numpy(work.latents(channels, factor)).to(device)
     if type(pipe).__name__.startswith("Flux"):
         n, c, h, w = latents.shape
         latents = pipe._pack_latents(latents, n, c, h, w)
-    first = next(getattr(pipe, _denoiser_name(pipe)).parameters())
-    if _denoiser_name(pipe) == "decoder":
-        return _unclip_arguments(work, defaults, first)
     told = {"max_sequence_length": defaults["text_tokens"]} if "text_tokens" in defaults else {}
     return {
         "prompt": [work.prompt] * work.batch,
@@ -195,25 +196,27 @@ def _walks(work: Work, defaults: dict[str, Any]) -> dict[str, tuple[Walk, tuple[
     }
 
 
-@contextmanager
-def _our_noise(pipe: Any, work: Work) -> Iterator[None]:
-    """Within it unCLIP's steps add the noise that ours add; pipelines of other kinds are timed without any."""
-    if _denoiser_name(pipe) != "decoder":
-        yield
-        return
+def _unclip_noise(pipe: Any, work: Work, device: str) -> list[Tensor]:
+    """What ours add at the steps of all three walks, one after the other; no last step adds any."""
     defaults = open_checkpoint(work.checkpoint).defaults
-    names = (CASCADE[0], "", CASCADE[2])
+    steps = (defaults[CASCADE[0]], work.steps, defaults[CASCADE[2]])
     draws = (
         np.stack([step_noise(seed, step, shape, walk) for seed in work.seeds])
-        for name, (walk, shape) in zip(names, _walks(work, defaults).values(), strict=True)
-        for step in range((defaults[name] if name else work.steps) - 1)
+        for count, (walk, shape) in zip(steps, _walks(work, defaults).values(), strict=True)
+        for step in range(count - 1)
     )
+    return [torch.from_numpy(each).to(device, pipe.decoder.dtype) for each in draws]
 
-    def drawn(shape: Any, *, dtype: torch.dtype, device: Any, **_: Any) -> Tensor:
-        return torch.from_numpy(next(draws)).to(device, dtype)
 
+@contextmanager
+def _given_noise(pipe: Any, noise: Sequence[Tensor]) -> Iterator[None]:
+    """Within it unCLIP's steps add these; pipelines of other kinds are timed without any."""
+    if not noise:
+        yield
+        return
+    draws = iter(noise)
     module: Any = sys.modules[type(pipe.decoder_scheduler).__module__]
-    own, module.randn_tensor = module.randn_tensor, drawn
+    own, module.randn_tensor = module.randn_tensor, lambda *_, **__: next(draws)
     try:
         yield
     finally:

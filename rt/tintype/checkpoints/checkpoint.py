@@ -247,6 +247,10 @@ def unclip_settings(
                 f"{scheduler}/scheduler_config.json: variance_type='learned_range' is for models that predict it, with "
                 f"twice their pixels' {pixels} channels; the {part} does not"
             )
+    seen = {}
+    if "image_encoder" in configs:
+        own = configs["image_encoder"]
+        seen["image_side"] = _number_in(own, "image_encoder", "image_size", 224)
     return {
         "height": large,
         "width": large,
@@ -261,9 +265,5 @@ def unclip_settings(
             configs["text_proj"], "text_proj", "clip_extra_context_tokens", 4
         ),
         **{name: config for name, config in schedulers.items() if name != "decoder_scheduler"},
-        **(
-            {"image_side": _number_in(configs["image_encoder"], "image_encoder", "image_size", 224)}
-            if "image_encoder" in configs
-            else {}
-        ),
+        **seen,
     }

@@ -39,11 +39,13 @@ _TASKS = ("", "Img2Img", "Inpaint")
 
 @dataclass(frozen=True)
 class _Layout:
-    """A family of pipelines: the classes that its components may have, of which ``optional`` ones may be absent."""
+    """A family of pipelines: the classes that its components may have, of which ``optional`` ones may be absent, and
+    the folders of its ``schedulers`` with the component that each is for, the denoiser's first."""
 
     family: str
     pipelines: tuple[str, ...]
     classes: Mapping[str, tuple[str, ...]]
+    schedulers: Mapping[str, str]
     optional: tuple[str, ...] = ()
 
 
@@ -58,6 +60,7 @@ _LAYOUTS = (
             "text_encoder_2": ("CLIPTextModelWithProjection",),
             "image_encoder": ("CLIPVisionModelWithProjection",),
         },
+        {"scheduler": "unet"},
         optional=("text_encoder_2", "image_encoder"),
     ),
     _Layout(
@@ -70,6 +73,7 @@ _LAYOUTS = (
             "text_encoder_2": ("CLIPTextModelWithProjection",),
             "text_encoder_3": _T5,
         },
+        {"scheduler": "transformer"},
         optional=("text_encoder", "text_encoder_2", "text_encoder_3"),
     ),
     _Layout(
@@ -81,6 +85,7 @@ _LAYOUTS = (
             "text_encoder": ("CLIPTextModel",),
             "text_encoder_2": _T5,
         },
+        {"scheduler": "transformer"},
     ),
     _Layout(
         "unclip",
@@ -94,6 +99,11 @@ _LAYOUTS = (
             "super_res_last": ("UNet2DModel",),
             "image_encoder": ("CLIPVisionModelWithProjection",),
         },
+        {
+            "decoder_scheduler": "decoder",
+            "prior_scheduler": "prior",
+            "super_res_scheduler": "super_res_first",
+        },
         optional=("prior", "image_encoder"),
     ),
 )
@@ -103,7 +113,6 @@ _MENDED = {
     "StableDiffusionImg2ImgPipeline": {"steps_offset": 1, "clip_sample": False},
     "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
 }
-_UNCLIP_SCHEDULERS = ("prior_scheduler", "decoder_scheduler", "super_res_scheduler")
 # Which clip, made for pixels as they are, where their configuration does not say.
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -131,16 +140,17 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     if layout.family == "latent_unet":
         components["vae"] = _unshifted(components["vae"])
     check_widths(folder, components)
-    unclip = layout.family == "unclip"
-    named = [name for name in _UNCLIP_SCHEDULERS if name in index] if unclip else ["scheduler"]
-    schedulers = {name: _scheduler(folder, name, layout.family, index) for name in named}
-    own = schedulers["decoder_scheduler" if unclip else "scheduler"]
+    schedulers = {
+        name: _scheduler(folder, name, layout.family, index)
+        for name, part in layout.schedulers.items()
+        if part in components
+    }
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     return Checkpoint(
         family=layout.family,
         source=folder,
         components=components,
-        scheduler_config=own,
+        scheduler_config=next(iter(schedulers.values())),
         tokenizer_folders=tuple(existing_folder(folder / name) for name in tokenizers),
         defaults=_defaults(layout.family, components, index, schedulers)
         | _exported_defaults(folder),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from tintype.request import ImageRequest
 from tintype.sampling import Predict
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 Told = Mapping[str, NDArray[Any]]
 Texts = tuple[
     Conditioning | None, Conditioning
@@ -108,11 +109,14 @@ class Denoiser:
         self, request: ImageRequest, texts: Sequence[Texts], shown: Floats | None
     ) -> Predict:
         """A function (x, timestep, guided) for the pictures of these texts; `shown` are further channels for each."""
-        conditional = [pair[1] for pair in texts]
-        unconditional = [pair[0] for pair in texts if pair[0] is not None]
-        alone = text_inputs(request, conditional, self.family)
-        both = text_inputs(request, [*unconditional, *conditional], self.family)
+        alone, both = (text_inputs(request, rows, self.family) for rows in alone_and_both(texts))
         return self.rows(request).predictor(alone, both, shown)
+
+
+def alone_and_both(pairs: Sequence[tuple[T | None, T]]) -> tuple[list[T], list[T]]:
+    """The rows of a step without guidance and of one with it, the unconditional first, of each picture's pair."""
+    conditional = [pair[1] for pair in pairs]
+    return conditional, [*(pair[0] for pair in pairs if pair[0] is not None), *conditional]
 
 
 def picture_profiles(backend: Backend, stage: str) -> list[Profile] | None:

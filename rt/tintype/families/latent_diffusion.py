@@ -28,7 +28,7 @@ from tintype.guidance import Guidance, scales
 from tintype.images import cover, resize_latents
 from tintype.noise import initial_noise
 from tintype.profiles import Profile
-from tintype.request import ImageRequest
+from tintype.request import ImageRequest, require_latents
 from tintype.sampling import StepNoise, require_finite, walk
 from tintype.schedulers import Table, make_table
 
@@ -104,10 +104,7 @@ class LatentDiffusion:
                 self.backend.compile(stage, self.text.profile(stage))
             for stage, profile in self._denoising(each, table, guidance):
                 self.backend.compile(stage, profile)
-        expected = self.latent_shape(*_first_size(request))
-        if request.latents is not None and request.latents.shape[1:] != expected:
-            given = list(request.latents.shape[1:])
-            raise RequestError(f"latents has shape [n, {given}], expected [n, {list(expected)}]")
+        require_latents(request, self.latent_shape(*_first_size(request)))
         name = Profile(request.width, request.height, 1).name
         if request.image is not None:
             self.backend.compile("encode_image", name)

@@ -19,12 +19,12 @@ from tintype import noise
 from tintype.backends import Backend
 from tintype.errors import ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
-from tintype.families.denoiser import Rows, Texts, Told
+from tintype.families.denoiser import Rows, Texts, Told, alone_and_both
 from tintype.families.stepping import OnStep
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
 from tintype.images import cover, resize_latents
-from tintype.request import Cascade, ImageRequest
+from tintype.request import Cascade, ImageRequest, require_latents
 from tintype.sampling import Predict, StepNoise, require_finite, walk
 from tintype.schedulers import Table, default_name, make_table
 
@@ -75,15 +75,13 @@ class Unclip:
             raise ProfileError(
                 f"size {request.width}x{request.height} is not in this model; it draws {self._size}"
             )
-        shape = self.latent_shape(request.width, request.height)
-        if request.latents is not None and request.latents.shape[1:] != shape:
-            given = list(request.latents.shape[1:])
-            raise RequestError(f"latents has shape [n, {given}], expected [n, {list(shape)}]")
+        require_latents(request, self.latent_shape(request.width, request.height))
         self.evaluations(request)  # every table can be filled
         for stage in self.text.stages:
             self.backend.compile(stage, self.text.profile(stage))
+        guided = self._guided(request)
         for stage, rows in self._rows(request).items():
-            for profile in rows.profiles(self._count(stage, request)):
+            for profile in rows.profiles(2 if stage in guided else 1):
                 self.backend.compile(stage, profile.name)
 
     def evaluations(self, request: ImageRequest) -> int:
@@ -103,7 +101,7 @@ class Unclip:
         with timed(timings, "encode"):
             reading = Reading(request.prompt_weighting)
             conditional = self.text.encode(request.prompt, known, reading)
-            if not self._guides(request):
+            if not self._guided(request):
                 return None, conditional
             return self.text.encode(request.negative_prompt or "", known, reading), conditional
 
@@ -153,11 +151,9 @@ class Unclip:
         """How CLIP would embed pictures of the texts, [n, e]."""
         first, table = requests[0], self._prior_table(requests[0])
         guidance = Guidance(scales(_cascade(first).prior_guidance, len(table), 0))
-        conditional = [pair[1] for pair in texts]
         rows = self._rows(first)
-        predict = rows["prior"].predictor(
-            _told(conditional), _told([*_unconditional(texts), *conditional])
-        )
+        alone, both = map(_told, alone_and_both(texts))
+        predict = rows["prior"].predictor(alone, both)
         shape = (int(self.defaults["embedding_width"]),)
         latents = _walked(requests, "prior", shape, table, predict, guidance, on_step)
         embeds = [self._run(rows["embed"], {"latents": each[None]}) for each in latents]
@@ -182,11 +178,8 @@ class Unclip:
         first, table = requests[0], self._table(requests[0])
         pairs = zip(texts, embeds[:, None], strict=True)
         projected = [self._projected(first, *pair) for pair in pairs]
-        conditional = [pair[1] for pair in projected]
-        unconditional = [pair[0] for pair in projected if pair[0] is not None]
-        predict = self._rows(first)["denoise"].predictor(
-            _stacked(conditional), _stacked([*unconditional, *conditional])
-        )
+        alone, both = map(_stacked, alone_and_both(projected))
+        predict = self._rows(first)["denoise"].predictor(alone, both)
         guidance = self._guidance(first, table)
         shape = self.latent_shape(first.width, first.height)
         return _walked(requests, "picture", shape, table, predict, guidance, on_step).clip(-1, 1)
@@ -254,16 +247,13 @@ class Unclip:
             if stage not in (*self.text.stages, *unused)
         }
 
-    def _count(self, stage: str, request: ImageRequest) -> int:
-        """How many rows of a stage one picture takes at most."""
+    def _guided(self, request: ImageRequest) -> set[str]:
+        """The stages that take an unconditional row beside each picture's own."""
         guided = {
             "prior": _cascade(request).prior_guidance > 1 and not _varies(request),
             "denoise": self._guidance(request, self._table(request)).applies,
         }
-        return 2 if guided.get(stage) else 1
-
-    def _guides(self, request: ImageRequest) -> bool:
-        return any(self._count(stage, request) == 2 for stage in ("prior", "denoise"))
+        return {stage for stage, applies in guided.items() if applies}
 
     def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
         steps = scales(request.guidance, len(table), 0)
@@ -317,10 +307,6 @@ def _walked(
     x = np.float32(table.init_scale) * np.stack(begun)
     drawn = StepNoise(table, seeds, shape, walk=name)
     return walk(table, x, drawn, predict, guidance, after)
-
-
-def _unconditional(texts: Sequence[Texts]) -> list[Conditioning]:
-    return [pair[0] for pair in texts if pair[0] is not None]
 
 
 def _told(texts: Sequence[Conditioning]) -> Told:

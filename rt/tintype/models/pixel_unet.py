@@ -181,23 +181,11 @@ class ContextAttention(nn.Module):
 
 
 class _Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where the level attends."""
+    """One resolution: residual blocks, each followed by attention where the level attends; then, but for the last, a
+    block that goes on to the next resolution."""
 
-    def __init__(
-        self, config: PixelUNetConfig, widths: Sequence[tuple[int, int]], *, attends: bool
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(PixelBlock(config, *each) for each in widths)
-        if attends:
-            self.attentions = nn.ModuleList(ContextAttention(config, o) for _, o in widths)
-
-    def layer(self, index: int, x: Tensor, time: Tensor, context: Context | None) -> Tensor:
-        x = self.resnets[index](x, time)
-        return self.attentions[index](x, context) if hasattr(self, "attentions") else x
-
-
-class DownLevel(_Level):
-    """On the way down; what every layer gives is a skip."""
+    resampler: str  # the published name of that block's list
+    resample: Callable[[Tensor], Tensor]
 
     def __init__(
         self,
@@ -207,10 +195,24 @@ class DownLevel(_Level):
         attends: bool,
         last: bool,
     ) -> None:
-        super().__init__(config, widths, attends=attends)
+        super().__init__()
+        self.resnets = nn.ModuleList(PixelBlock(config, *each) for each in widths)
+        if attends:
+            self.attentions = nn.ModuleList(ContextAttention(config, o) for _, o in widths)
         if not last:
             width = widths[-1][1]
-            self.downsamplers = nn.ModuleList([PixelBlock(config, width, width, _halved)])
+            block = PixelBlock(config, width, width, type(self).resample)
+            self.add_module(self.resampler, nn.ModuleList([block]))
+
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Context | None) -> Tensor:
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context) if hasattr(self, "attentions") else x
+
+
+class DownLevel(_Level):
+    """On the way down; what every layer gives is a skip."""
+
+    resampler, resample = "downsamplers", _halved
 
     def forward(self, x: Tensor, time: Tensor, context: Context | None) -> list[Tensor]:
         skips = []
@@ -241,18 +243,7 @@ class MidLevel(nn.Module):
 class UpLevel(_Level):
     """On the way up; takes one skip a residual block."""
 
-    def __init__(
-        self,
-        config: PixelUNetConfig,
-        widths: Sequence[tuple[int, int]],
-        *,
-        attends: bool,
-        last: bool,
-    ) -> None:
-        super().__init__(config, widths, attends=attends)
-        if not last:
-            width = widths[-1][1]
-            self.upsamplers = nn.ModuleList([PixelBlock(config, width, width, _doubled)])
+    resampler, resample = "upsamplers", _doubled
 
     def forward(
         self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context | None
