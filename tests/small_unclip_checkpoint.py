@@ -1,4 +1,4 @@
-"""A small random-weight unCLIP checkpoint in Karlo's form, made and saved by diffusers itself."""
+"""Small random-weight unCLIP checkpoints in Karlo's form, made and saved by diffusers itself."""
 
 from __future__ import annotations
 
@@ -105,18 +105,16 @@ def variation_parts() -> dict[str, Any]:
     }
 
 
-def save(folder: Path) -> Path:
+PIPELINES = {
+    "unclip": (diffusers.UnCLIPPipeline, parts),
+    "unclip_variation": (diffusers.UnCLIPImageVariationPipeline, variation_parts),
+}
+
+
+def save(kind: str, folder: Path) -> Path:
     """A folder in diffusers layout."""
-    return _published(diffusers.UnCLIPPipeline(**parts()), folder)
-
-
-def save_variation(folder: Path) -> Path:
-    """The same of the pipeline that varies pictures."""
-    return _published(diffusers.UnCLIPImageVariationPipeline(**variation_parts()), folder)
-
-
-def _published(pipeline: Any, folder: Path) -> Path:
-    pipeline.save_pretrained(folder)
+    pipeline, components = PIPELINES[kind]
+    pipeline(**components()).save_pretrained(folder)
     index = folder / "model_index.json"
     named = json.loads(index.read_text())
     named["text_proj"][0] = "unclip"  # as published; what diffusers saves it does not find again

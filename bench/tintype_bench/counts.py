@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tintype.checkpoints import Checkpoint
-from tintype.models.stages import STEPS, build_stage, stage_names
+from tintype.models.stage import Remembering
+from tintype.models.stages import build_stage, stage_names
 from tintype.profiles import Profile
+from tintype.steps import STEPS
 from tintype_export.profiles import example_inputs
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -111,9 +113,16 @@ def floor_seconds(products: list[Product], ceilings: Ceilings, precision: str) -
     )
 
 
+class Counted(NamedTuple):
+    """The products of one call of a stage, and those among them that give the same at every step of a picture."""
+
+    call: list[Product]
+    remembered: list[Product]
+
+
 def stage_products(
     checkpoint: Checkpoint, width: int, height: int, rows: int
-) -> dict[str, list[Product]]:
+) -> dict[str, Counted]:
     """The products of every stage that a picture of this size runs: of `rows` where they guide, the others' of one."""
     names = [name for name in stage_names(checkpoint.components) if _draws(name)]
     return {
@@ -123,15 +132,18 @@ def stage_products(
 
 
 def _draws(stage: str) -> bool:
-    """Whether a picture from text alone needs the stage; a whole step is the denoiser once more."""
+    """Whether a picture from text alone needs the stage; a whole step is its model once more."""
     return stage not in (*STEPS, "encode_image")
 
 
-def _count_stage(checkpoint: Checkpoint, name: str, profile: Profile) -> list[Product]:
+def _count_stage(checkpoint: Checkpoint, name: str, profile: Profile) -> Counted:
     with torch.device("meta"):
         stage = build_stage(
             name, checkpoint.components, lambda part: checkpoint.skeleton(part, torch.float32)
         )
     arrays = example_inputs(checkpoint, stage.inputs, name, profile.name)
-    inputs = (torch.from_numpy(arrays[each]).to("meta") for each in stage.inputs)
-    return count(stage.eval(), *inputs)
+    inputs = [torch.from_numpy(arrays[each]).to("meta") for each in stage.inputs]
+    call = count(stage.eval(), *inputs)
+    if not isinstance(stage, Remembering):
+        return Counted(call, [])
+    return Counted(call, count(stage.remember, *inputs[stage.changing :]))

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tintype.steps import STEPS
 from tintype_bench.cases import Case
 from tintype_bench.conditions import conditions
 from tintype_bench.sources import Sources, default_folder
@@ -186,10 +187,10 @@ def _tell(line: str) -> None:
 
 
 def _stages(stages: Iterable[str]) -> list[str]:
-    """Of a denoiser that has steps the one with guidance alone: the others read the same weights, in other shapes."""
-    names = list(stages)
-    alike = ("denoise", "step") if "step" in names else ()
-    return [name for name in names if name not in alike]
+    """Of what a model has the last, which guides where that is possible: the others read the same weights, in other
+    shapes."""
+    last = {STEPS[name].model if name in STEPS else name: name for name in stages}
+    return list(last.values())
 
 
 def _inputs(checkpoint: Any, stage: str) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ class Limit:
 def limit(work: Work, precision: str, ceilings: Mapping[str, Any]) -> Limit | None:
     """Every product at the machine's own measured best; None where there is no checkpoint to count.
 
-    A prompt is encoded once for all its pictures, and the empty one may be remembered.
+    A prompt is encoded once for all its pictures, and the empty one may be remembered; of a step's work what is the
+    same at every step is done once.
     """
     if not work.checkpoint:
         return None
@@ -38,13 +39,15 @@ def limit(work: Work, precision: str, ceilings: Mapping[str, Any]) -> Limit | No
     floor: dict[str, float] = {}
     flops = moved = 0.0
     checkpoint = open_checkpoint(Path(work.checkpoint))
-    for name, products in _products(work, checkpoint).items():
+    for name, (products, remembered) in _products(work, checkpoint).items():
         if (times := _times(work, name, checkpoint.defaults)) == 0:
             continue
         stage = "encode" if name.startswith("encode") else _TIMED_AS.get(name, name)
-        floor[stage] = floor.get(stage, 0.0) + floor_seconds(products, best, precision) * times
-        flops += times * sum(each.flops for each in products)
-        moved += times * sum(each.values for each in products) * BYTES[precision]
+        for counted, often in ((products, times), (remembered, 1 - times)):
+            seconds = floor_seconds(counted, best, precision) * often
+            floor[stage] = floor.get(stage, 0.0) + seconds
+            flops += often * sum(each.flops for each in counted)
+            moved += often * sum(each.values for each in counted) * BYTES[precision]
     return Limit(floor, flops, moved)
 
 

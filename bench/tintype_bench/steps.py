@@ -2,7 +2,7 @@
 
 A shape's denoiser with the sampler's step around it, as pictures are made of: one picture, guided where the model
 guides, random weights that are never written; `--stage decode` times what is behind the last step. Of unCLIP a step is
-its decoder's without the sampler, and decoding one step of what enlarges. A row has the time of a call, of a walk of
+its decoder's, and decoding one step of what enlarges. A row has the time of a call, of a walk of
 calls that nobody waits for between; what its kernels took by the GPU's own record; and the kernels that took most. What
 texts and times tell is worked out once a picture and is in no step. `--execution` as for `tintype.load`.
 
@@ -33,8 +33,8 @@ from tintype.backends.torch import TorchBackend
 from tintype.checkpoints import Checkpoint
 from tintype.errors import TintypeError
 from tintype.loading import checkpoint_pipeline
-from tintype.models.stages import STEPS
 from tintype.profiles import Profile
+from tintype.steps import STEPS
 from tintype_bench.agreement import agreement_db
 from tintype_bench.cases import GENERATORS, of_shape, tiny
 from tintype_bench.conditions import conditions
@@ -48,7 +48,6 @@ from tintype_kernels.cache import replace_text
 
 Row = dict[str, Any]
 _STAGES = ("step", "decode", "picture")
-_CASCADE = {"guided_step": "denoise", "decode": "enlarge"}
 _PEER = {"stage": "denoise", "precision": "bf16"}
 _PEERS = {"eager": "diffusers", "compiled": "diffusers-compiled"}  # their executions in rows
 _KEPT = 40  # kernels of a row
@@ -158,8 +157,8 @@ def _call(
     )
     if stage == "step" and _guides(checkpoint, shape):
         stage = "guided_step"
-    stage = stage if stage in backend.stages else _CASCADE[stage]
-    profile = _profile(checkpoint, 2 if stage == "denoise" else 1)
+    stage = stage if stage in backend.stages else "enlarge_step"
+    profile = _profile(checkpoint, 1)
     names = backend.inputs(stage)
     arrays = example_inputs(checkpoint, names, stage, profile)
     placed: Mapping[str, Any] = {name: backend.place(array) for name, array in arrays.items()}

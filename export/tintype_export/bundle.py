@@ -23,8 +23,9 @@ from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.checkpoints.lora_files import Lora
 from tintype.errors import CheckpointError, RequestError
 from tintype.models.stage import Stage
-from tintype.models.stages import STEPS, DecodeStage, build_stage, stage_component
+from tintype.models.stages import DecodeStage, build_stage, stage_component
 from tintype.request import whole_number
+from tintype.steps import STEPS
 
 from .calibration import Calibration
 from .durations import in_words, last_seconds, remember
@@ -273,9 +274,8 @@ def wanted_engines(
 
 
 def _has_engine(stage: str, stages: Collection[str], config: ExportConfig) -> bool:
-    """Every engine holds its weights once more, and the plain denoiser serves masks and a few schedulers alone where
-    there are steps."""
-    return config.plain or stage != "denoise" or STEPS.keys().isdisjoint(stages)
+    """Every engine holds its weights once more, and what steps have inside serves masks and a few schedulers alone."""
+    return config.plain or all(STEPS[each].model != stage for each in STEPS.keys() & stages)
 
 
 def _estimate(

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from tintype.checkpoints import Checkpoint
 from tintype.errors import ProfileError
 from tintype.families.conditioning import STAGES, Conditioning, joined
-from tintype.families.stepping import HISTORY, step_row
 from tintype.loading import checkpoint_tokenizers
-from tintype.models.stages import STEPS, stage_component, stage_names
+from tintype.models.stages import stage_component, stage_names
 from tintype.models.unclip_projection import UnclipProjectionConfig
 from tintype.profiles import Profile
+from tintype.steps import HISTORY, STEPS, step_row
 from tintype_kernels import Row
 
 Arrays = dict[str, NDArray[Any]]
@@ -102,7 +102,7 @@ def example_inputs(
     if checkpoint.family == "unclip":
         makers = {**makers, **_cascade_makers(checkpoint, stage, found, normal)}
     arrays: Arrays = {name: makers[name]() for name in names}
-    if stage == "guided_step":
+    if stage in STEPS and STEPS[stage].guided:
         pairs = [name for name in names if name not in _STATE]
         arrays |= {name: np.stack([arrays[name], makers[name]()], axis=1) for name in pairs}
     return arrays
@@ -113,16 +113,17 @@ def _cascade_makers(
 ) -> dict[str, Callable[[], NDArray[Any]]]:
     """What unCLIP's stages take, where it is not what others do."""
     defaults, rows = checkpoint.defaults, profile.batch
+    model = STEPS[stage].model if stage in STEPS else stage
     projection = UnclipProjectionConfig.from_json(checkpoint.configs["text_proj"])
     wide, added = projection.clip_embeddings_dim, projection.clip_extra_context_tokens
     read = np.arange(_tokens(checkpoint, "encode").shape[1]) < 12
     pixels, factor = defaults["latent_channels"], defaults["latent_factor"]
     side = defaults.get("image_side", 0)
-    samples = {
-        "prior": (wide,),
-        "denoise": (pixels, profile.height // factor, profile.width // factor),
-        "enlarge": (2 * pixels, profile.height, profile.width),
-    }
+    small, large = ((pixels, profile.height // each, profile.width // each) for each in (factor, 1))
+    sample = {"prior": (wide,), "denoise": small}.get(model, large)
+    numbers = step_row(500.0, 0.9, _ROW)
+    if model == "denoise" and defaults["learned_variance"]:
+        numbers = np.append(numbers, np.array([-2.0, -0.5], np.float32))
 
     def mask(before: int) -> NDArray[np.float32]:
         return np.tile(np.pad(read, (before, 0), constant_values=True), (rows, 1)).astype(
@@ -130,7 +131,11 @@ def _cascade_makers(
         )
 
     return {
-        "sample": lambda: normal(rows, *samples[stage.removesuffix("_last")]),
+        "sample": lambda: normal(rows, *sample),
+        "history": lambda: normal(rows, HISTORY, *sample),
+        "noise": lambda: normal(rows, *sample),
+        "row": lambda: numbers[None].repeat(rows, axis=0),
+        "low_res": lambda: normal(rows, *large),
         "latents": lambda: normal(rows, wide),
         "image": lambda: (normal(rows, side, side, 3) / 4 + np.float32(0.5)).clip(0, 1),
         "image_embeds": lambda: normal(rows, wide),

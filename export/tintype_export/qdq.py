@@ -7,12 +7,13 @@ output is rounded at one scale: that is 1, channels being in steps of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 
 from tintype.backends.graphs import WHOLE_STEPS
 
@@ -38,6 +39,7 @@ def quantise_graph(model: ir.Model, weights: Mapping[str, StoredTensor]) -> None
     for name in [name.removesuffix(_SCALE) for name in weights if name.endswith(_SCALE)]:
         if f"{name}.weight" in model.graph.initializers:  # not every model uses all that it has
             graph.quantise(name)
+    passes.RemoveUnusedNodesPass()(model)  # what turned weights that lie turned
 
 
 class _Graph:
@@ -51,9 +53,10 @@ class _Graph:
     def quantise(self, layer: str) -> None:
         value = self.graph.initializers[f"{layer}.weight"]
         codes = self.weights[f"{layer}.weight"]
-        for product in list(_products(value)):
-            self._round_input(product, layer, codes.dtype)
-            self._round_output(product, layer, codes.dtype)
+        for index, product in enumerate(_products(value)):
+            label = f"{layer}.{index}" if index else layer
+            self._round_input(product, layer, label, codes.dtype)
+            self._round_output(product, layer, label, codes.dtype)
         if codes.dtype == ir.DataType.UINT8:
             self._read_blocks(layer, value)
         else:
@@ -89,19 +92,20 @@ class _Graph:
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}.dequantised")
         return self._begin(node, self.weights[f"{layer}{_SCALE}"].dtype, codes.shape)
 
-    def _round_input(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
-        """Let a product read its first input through 8 bits, where the layer has a scale for that."""
+    def _round_input(self, product: ir.Node, layer: str, label: str, kind: ir.DataType) -> None:
+        """Let a product of a layer read its first input through 8 bits, where the layer has a scale for that; nodes are
+        named by ``label``."""
         x = product.inputs[0]
         if f"{layer}{_INPUT_SCALE}" not in self.weights or x is None:
             return
         if f"{layer}.smoothing" in self.weights:
             factors = self._stored(f"{layer}.smoothing")
-            node = ir.node("Mul", [x, factors], name=f"{layer}.smoothed")
+            node = ir.node("Mul", [x, factors], name=f"{label}.smoothed")
             x = self._follow(x, node, x.dtype)
         scale = self._stored(f"{layer}{_INPUT_SCALE}")
-        product.replace_input_with(0, self._rounded(x, f"{layer}.input", scale, kind))
+        product.replace_input_with(0, self._rounded(x, f"{label}.input", scale, kind))
 
-    def _round_output(self, product: ir.Node, layer: str, kind: ir.DataType) -> None:
+    def _round_output(self, product: ir.Node, layer: str, label: str, kind: ir.DataType) -> None:
         """Round what a product gives, where the layer has a scale for that; a bias is added before."""
         stored = self.weights.get(f"{layer}{OUTPUT_SCALE}")
         if stored is None:
@@ -115,7 +119,7 @@ class _Graph:
             rounded = self._rounded_steps(product, layer, stored, kind)
         else:
             scale = self._stored(f"{layer}{OUTPUT_SCALE}")
-            rounded = self._rounded(output, f"{layer}.output", scale, kind)
+            rounded = self._rounded(output, f"{label}.output", scale, kind)
         for node, index in readers:
             node.replace_input_with(index, rounded)
 
@@ -187,13 +191,13 @@ def _described(node: ir.Node, dtype: ir.DataType | None, shape: ir.Shape | None)
     return output
 
 
-def _products(weight: ir.Value) -> Iterator[ir.Node]:
+def _products(weight: ir.Value) -> list[ir.Node]:
     """The nodes that multiply by a weight, directly or through its transpose."""
+    found = []
     for node, _ in weight.uses():
-        if node.op_type in ("Transpose", "Cast"):
-            yield from _products(node.outputs[0])
-        else:
-            yield node
+        turned = node.op_type in ("Transpose", "Cast")
+        found += _products(node.outputs[0]) if turned else [node]
+    return found
 
 
 def _use_transposed(weight: ir.Value, transposed: ir.Value) -> None:
@@ -201,8 +205,6 @@ def _use_transposed(weight: ir.Value, transposed: ir.Value) -> None:
     for node, index in list(weight.uses()):
         if node.op_type == "Transpose":
             node.outputs[0].replace_all_uses_with(transposed)
-            assert node.graph is not None
-            node.graph.remove(node, safe=True)
         else:
             assert node.op_type == "Gemm", node
             node.attributes["transB"] = ir.AttrInt64("transB", 0)

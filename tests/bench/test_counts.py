@@ -60,7 +60,7 @@ def test_t5_xxl_is_its_projections_and_its_attention(opened):
     """24 layers: q, k, v, o of 4096, three of 4096 x 10240, two products of 256 x 256 scores of 64 heads of 64."""
     tokens, width, inner = 256, 4096, 10240
     layer = 2 * tokens * width * (4 * width + 3 * inner) + 2 * (2 * tokens * tokens * width)
-    assert total(stage_products(opened("sd3-medium"), 1024, 1024, 2)["encode_3"]) == 24 * layer
+    assert total(stage_products(opened("sd3-medium"), 1024, 1024, 2)["encode_3"].call) == 24 * layer
 
 
 def test_flux_is_its_blocks(opened):
@@ -76,20 +76,22 @@ def test_flux_is_its_blocks(opened):
     ends = 2 * image * 64 * width * 2 + 2 * text * 4096 * width + 2 * width * 2 * width
     told = 2 * (256 * width + width * width) * 2 + 2 * (768 * width + width * width)
     expected = 19 * double + 38 * single + ends + told
-    found = total(stage_products(opened("flux1-dev"), 1024, 1024, 1)["denoise"])
+    found = total(stage_products(opened("flux1-dev"), 1024, 1024, 1)["denoise"].call)
     assert found == expected
 
 
 def test_karlos_prior_is_its_blocks(opened):
-    """20 layers, 2048 wide, over 77 tokens of text, its embedding, the time, the picture's embedding and the last."""
-    text, tokens, width, wide = 77, 81, 2048, 768
-    layer = 2 * tokens * width * (4 + 8) * width + 2 * (2 * tokens * tokens * width)
-    ends = (
-        2 * wide * width * (text + 3) + 2 * 2 * width * width
-    )  # three embeddings, and the time's two layers
+    """20 layers, 2048 wide, over 77 tokens of text and its embedding, which see one another alone and are the same at
+    every step, and behind them the time, the picture's embedding and the last."""
+    text, behind, width, wide = 77 + 1, 3, 2048, 768
+    told = 2 * text * width * (4 + 8) * width + 2 * (2 * text * text * width)
+    layer = 2 * behind * width * (4 + 8) * width + 2 * (2 * behind * (text + behind) * width)
+    ends = 2 * wide * width * 2 + 2 * 2 * width * width  # two embeddings, and the time's two layers
     products = stage_products(opened("karlo"), 256, 256, 2)
-    assert total(products["prior"]) == 2 * (20 * layer + ends)
-    assert total(products["enlarge"]) == total(products["enlarge_last"])
+    remembered = 2 * (20 * told + 2 * wide * width * text)
+    assert total(products["prior"].remembered) == remembered
+    assert total(products["prior"].call) == remembered + 2 * (20 * layer + ends)
+    assert total(products["enlarge"].call) == total(products["enlarge_last"].call)
 
 
 def test_a_model_without_t5_reads_as_many_tokens_as_its_clip_has_positions():
@@ -99,10 +101,10 @@ def test_a_model_without_t5_reads_as_many_tokens_as_its_clip_has_positions():
     text, image, width, blocks = 48, 64, 192, 6
     tokens = text + image
     asked = (blocks - 1) * tokens + image
-    attention = [each.flops for each in products["denoise"] if each.attention]
+    attention = [each.flops for each in products["denoise"].call if each.attention]
     assert sum(attention) == 2 * 2 * 2 * asked * tokens * width
     config = checkpoint.configs["text_encoder"]
-    read = [each.flops for each in products["encode"] if each.attention]
+    read = [each.flops for each in products["encode"].call if each.attention]
     assert sum(read) == config["num_hidden_layers"] * 2 * 2 * text**2 * config["hidden_size"]
 
 
@@ -112,7 +114,7 @@ def test_a_model_without_t5_reads_as_many_tokens_as_its_clip_has_positions():
 )
 def test_a_denoiser_takes_what_others_counted(opened, name, side, rows, steps, teraflops):
     """TFLOP of whole pictures by another count, operator by operator over diffusers' own modules."""
-    found = total(stage_products(opened(name), side, side, rows)["denoise"])
+    found = total(stage_products(opened(name), side, side, rows)["denoise"].call)
     assert steps * found / 1e12 == pytest.approx(teraflops, rel=2e-3)
 
 

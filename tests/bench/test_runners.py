@@ -76,7 +76,8 @@ def test_a_cascades_stages_have_the_names_and_the_limits_of_ours(cascade):
     assert theirs.keys() == floor.keys() == stages
     assert ours.keys() == stages | {"decode"}
     fewer = limit(replace(cascade, steps=1), "fp32", ceilings).floor
-    assert fewer["denoise"] < floor["denoise"]
+    # What texts alone decide is worked out once, however many steps there are.
+    assert fewer["denoise"] < floor["denoise"] < 3 * fewer["denoise"]
     assert fewer["enlarge"] == floor["enlarge"]
 
 

@@ -33,12 +33,22 @@ STEPS = {
 SETTINGS = {"seed": 3, "output_type": "np"}
 # Steps of random weights end at clipped noise, where a rounding now and then turns a pixel over.
 LEAST_DB = {"fp32": 60.0, "fp16": LEAST_DB_16_BITS, "int8": 20.0, "int4": 20.0}
-STAGES = ["encode", "prior", "embed", "project", "denoise", "enlarge", "enlarge_last"]
+STAGES = [
+    "encode",
+    *("prior", "prior_step", "prior_guided_step"),
+    "embed",
+    "project",
+    *("denoise", "step", "guided_step"),
+    *("enlarge", "enlarge_step"),
+    *("enlarge_last", "enlarge_last_step"),
+]
+# What steps have inside.
+PLAIN = {"prior", "denoise", "enlarge", "enlarge_last"}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return small.save(tmp_path_factory.mktemp("unclip") / "checkpoint")
+    return small.save("unclip", tmp_path_factory.mktemp("unclip") / "checkpoint")
 
 
 @pytest.fixture(scope="module", params=LEAST_DB)
@@ -97,7 +107,9 @@ def test_all_that_is_walked_by_is_in_codes(exported):
 def test_what_a_picture_tells_can_be_cut_out_of_the_graph(exported):
     folder, _ = exported
     bundle = open_bundle(folder)
-    for stage, unread in {"prior": "encoder_hidden_states", "denoise": "context"}.items():
+    told = {"prior": "encoder_hidden_states", "prior_guided_step": "text_mask"}
+    told |= {"denoise": "context", "guided_step": "context"}
+    for stage, unread in told.items():
         parts = parted(read_graph(bundle, next(iter(bundle.stages[stage].values()))))
         assert parts is not None
         assert unread in parts.unread
@@ -143,17 +155,17 @@ def test_every_stage_has_an_engine(exported, tmp_path):
     wanted = wanted_engines(bundle.stages, ExportConfig((SIZE,), precision, target="tensorrt"))
     copy = shutil.copytree(folder, tmp_path / "bundle")
     (entry,) = build_engines(copy, wanted, ("sm_89",), lambda line: None).values()
-    assert entry["stages"].keys() == set(STAGES)
+    assert entry["stages"].keys() == set(STAGES) - PLAIN
 
 
 def test_a_bundle_varies_pictures_as_torch_does(tmp_path):
-    source = small.save_variation(tmp_path / "checkpoint")
+    source = small.save("unclip_variation", tmp_path / "checkpoint")
     target = tmp_path / "bundle"
     with pytest.raises(RequestError, match="int8 is calibrated on what prompts draw"):
         export_bundle(source, target, ExportConfig((SIZE,), "int8"))
     config = ExportConfig((SIZE,), tolerance_db=LEAST_DB["fp32"], defaults=STEPS)
     bundle = open_bundle(export_bundle(source, target, config))
-    assert list(bundle.stages) == ["encode", "embed_image", *STAGES[3:]]
+    assert list(bundle.stages) == ["encode", "embed_image", *STAGES[STAGES.index("project") :]]
     picture = np.random.default_rng(0).random((48, 64, 3), np.float32)
     request = {"prompt": "red", "image": picture, **SETTINGS}
     expected = tintype.load(source, backend="torch")(**request, **STEPS).images

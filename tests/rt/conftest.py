@@ -11,6 +11,9 @@ import torch
 
 import small_checkpoints
 import small_flow_checkpoints
+import small_unclip_checkpoint
+
+SMALL = (small_checkpoints, small_flow_checkpoints, small_unclip_checkpoint)
 
 torch.set_num_threads(
     1
@@ -25,8 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(kind: str) -> Path:
         path = root / kind
-        flows = kind in small_flow_checkpoints.PIPELINES
-        small = small_flow_checkpoints if flows else small_checkpoints
+        small = next(each for each in SMALL if kind in each.PIPELINES)
         return path if path.exists() else small.save(kind, path)
 
     return folder

@@ -24,7 +24,7 @@ from tintype.checkpoints import open_checkpoint
 from tintype.cli import main
 from tintype.commands import inspect
 from tintype.errors import RequestError
-from tintype.models.stages import STEPS
+from tintype.steps import STEPS
 from tolerances import MODULE_FP32, relative_error
 
 SIZE = {"width": 128, "height": 96}
@@ -78,7 +78,7 @@ def test_the_prediction_is_within_a_tenth_of_what_is_measured(
 def test_a_cascades_prediction_is_within_a_tenth_of_what_is_measured(
     tmp_path: Path, offload: str | None
 ) -> None:
-    source = small_unclip_checkpoint.save(tmp_path / "model")
+    source = small_unclip_checkpoint.save("unclip", tmp_path / "model")
     size = {"width": 32, "height": 32}
     predicted = memory.predict(open_checkpoint(source), **size, offload=offload)["peak"]
     pipeline = tintype.load(source, device="cpu", batch_invariant=False, offload=offload)

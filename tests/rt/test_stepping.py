@@ -8,8 +8,8 @@ import torch
 
 import tintype
 from tintype import guidance
-from tintype.families.stepping import step_row
 from tintype.schedulers import make_table
+from tintype.steps import STEPS, step_row
 from tiny_bundle import SCHEDULER
 from tolerances import TINY_GRAPH, relative_error
 from watched import with_backend
@@ -149,8 +149,65 @@ def test_without_the_plain_denoiser_what_needs_it_is_refused(saved):
     pipe = tintype.load(saved("sd1"))
     alone = with_backend(pipe, Backend(pipe.family.backend, "denoise"))
     alone("a", **REQUEST)
-    with pytest.raises(tintype.RequestError, match="plain denoiser, which has no engine"):
+    with pytest.raises(tintype.RequestError, match="plain stage denoise, which has no engine"):
         alone("a", guidance_rescale=0.5, **REQUEST)
+
+
+CASCADE = {
+    "prior_num_inference_steps": 3,
+    "num_inference_steps": 4,
+    "super_res_num_inference_steps": 3,
+}
+
+
+@pytest.fixture
+def cascades(saved):
+    """As `pipes`, of an unCLIP; models that predict clean values do not magnify a rounding."""
+    pipe = tintype.load(saved("unclip"), batch_invariant=False)
+    inner = pipe.family.backend
+    whole, plain = Backend(inner), Backend(inner, *STEPS)
+    return [(with_backend(pipe, backend), backend) for backend in (whole, plain)]
+
+
+def after_each_step(pipe, **request):
+    """What stands after each step of a cascade, an array a step."""
+    seen = []
+    pipe(
+        ["a red boat", "the"],
+        seed=[4, 5],
+        callback_on_step_end=lambda step, total, latents: seen.append(latents.copy()),
+        **{**CASCADE, **request},
+    )
+    return seen
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [{}, {"guidance_scale": 1.0}, {"prior_guidance_scale": 1.0}, {"scheduler": "euler_ancestral"}],
+    ids=str,
+)
+def test_a_cascade_gives_what_its_plain_models_give(cascades, request_):
+    (whole, backend), (plain, _) = cascades
+    pairs = zip(*(after_each_step(pipe, **request_) for pipe in (whole, plain)), strict=True)
+    for made, expected in pairs:
+        # The first step of enlarging divides by 0.006.
+        assert relative_error(made, expected) < 1000 * TINY_GRAPH
+    assert not {STEPS[name].model for name in STEPS} & {*backend.ran}
+
+
+def test_a_cascade_takes_the_last_step_by_its_own_model(cascades):
+    (pipe, backend), _ = cascades
+    after_each_step(pipe)
+    steps = [stage for stage in backend.ran if stage in STEPS]
+    expected = {"prior_guided_step": 3, "guided_step": 4, "enlarge_step": 2, "enlarge_last_step": 1}
+    assert steps == [stage for stage, count in expected.items() for _ in range(count)]
+
+
+def test_a_cascade_whose_guidance_is_rescaled_takes_the_plain_decoder_alone(cascades):
+    (pipe, backend), _ = cascades
+    after_each_step(pipe, guidance_rescale=0.5)
+    assert backend.ran.count("denoise") == 4
+    assert {"prior", "enlarge", "enlarge_last"}.isdisjoint(backend.ran)
 
 
 def test_a_larger_batch_is_filled_up(saved):

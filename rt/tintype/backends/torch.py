@@ -24,7 +24,6 @@ from tintype.models.autoencoder_kl import AutoencoderKL, scale_residual_stream
 from tintype.models.joint import JointAttention
 from tintype.models.stage import Stage
 from tintype.models.stages import (
-    STEPS,
     DecodeStage,
     EncodeImageStage,
     StepStage,
@@ -36,6 +35,7 @@ from tintype.models.stages import (
 )
 from tintype.models.unet import TransformerBlock
 from tintype.models.vq_model import VQModel
+from tintype.steps import STEPS
 
 _DTYPES = {
     "float32": torch.float32,
@@ -263,8 +263,8 @@ class TorchBackend:
 
     def _built(self, name: str, dtype: torch.dtype) -> Stage:
         if name in STEPS:
-            denoise: Any = self._stage("denoise", dtype)
-            return step_stage(name, denoise)
+            model: Any = self._stage(STEPS[name].model, dtype)
+            return step_stage(name, model)
         return build_stage(
             name, self.checkpoint.components, lambda part: self._component(part, dtype)
         )

@@ -229,7 +229,8 @@ def unclip_settings(
 ) -> dict[str, Any]:
     """The settings of a request to unCLIP that leaves them open: those of its stages, `embedding_width`, the
     `context_tokens` that an image embedding becomes, `image_side`, the pixels of what is varied where pictures are,
-    `prior_scheduler`, `super_res_scheduler`, and what all have."""
+    `learned_variance`, whether the decoder says how much noise it wants, `prior_scheduler`, `super_res_scheduler`, and
+    what all have."""
     small, large = (
         _number_in(configs[name], name, "sample_size") for name in ("decoder", "super_res_first")
     )
@@ -258,6 +259,7 @@ def unclip_settings(
         "latent_channels": pixels,
         "latent_factor": large // small,
         "denoiser_channels": pixels,
+        "learned_variance": configs["decoder"].get("out_channels") == 2 * pixels,
         "embedding_width": _number_in(
             configs["text_proj"], "text_proj", "clip_embeddings_dim", 768
         ),

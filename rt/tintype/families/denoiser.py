@@ -1,4 +1,4 @@
-"""The denoiser as a function of latents, time and whether to guide, whatever batch sizes a bundle was built for."""
+"""A model as a function of latents, time and whether to guide, whatever batch sizes a bundle was built for."""
 
 from __future__ import annotations
 
@@ -37,11 +37,21 @@ class Rows:
     @property
     def batches(self) -> list[int] | None:
         """The batch sizes that there are, or None for any."""
+        if self.stage not in self.backend.stages:
+            raise RequestError(
+                "masks, rescaled or projected guidance, pndm and schedulers with thresholds need the plain stage "
+                f"{self.stage}, which has no engine here; export with --plain, or ask for something else"
+            )
         profiles = picture_profiles(self.backend, self.stage)
         if profiles is None:
             return None
         size = (self.width, self.height)
         return [p.batch for p in profiles if (p.width, p.height) == size]
+
+    def most(self, rows: int) -> int | None:
+        """How many pictures of so many rows each one run holds, at least one; None where nothing sets a limit."""
+        batches = self.batches
+        return None if batches is None else max(1, max(batches) // rows)
 
     def profiles(self, rows: int) -> list[Profile]:
         """The profiles that run this many rows, one after the other; the last may have rows to spare."""
@@ -82,35 +92,6 @@ class Rows:
 
     def _output(self, profile: Profile, inputs: Told) -> Floats:
         return self.backend.run(self.stage, profile.name, inputs)["model_output"]
-
-
-@dataclass(frozen=True)
-class Denoiser:
-    """Runs the stage `denoise`; guided rows are [unconditional, conditional], in one run where a profile holds both."""
-
-    backend: Backend
-    family: str
-
-    def rows(self, request: ImageRequest) -> Rows:
-        """The stage at the request's size."""
-        if "denoise" not in self.backend.stages:
-            raise RequestError(
-                "masks, rescaled or projected guidance and the schedulers pndm and those with thresholds need the "
-                "plain denoiser, which has no engine here; export with --plain, or ask for something else"
-            )
-        return Rows(self.backend, "denoise", request.width, request.height)
-
-    def most(self, request: ImageRequest, rows: int) -> int | None:
-        """How many pictures of so many rows each one run holds, at least one; None where nothing sets a limit."""
-        batches = self.rows(request).batches
-        return None if batches is None else max(1, max(batches) // rows)
-
-    def predictor(
-        self, request: ImageRequest, texts: Sequence[Texts], shown: Floats | None
-    ) -> Predict:
-        """A function (x, timestep, guided) for the pictures of these texts; `shown` are further channels for each."""
-        alone, both = (text_inputs(request, rows, self.family) for rows in alone_and_both(texts))
-        return self.rows(request).predictor(alone, both, shown)
 
 
 def alone_and_both(pairs: Sequence[tuple[T | None, T]]) -> tuple[list[T], list[T]]:

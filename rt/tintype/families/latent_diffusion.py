@@ -20,9 +20,9 @@ from tintype.backends import Backend
 from tintype.backends.compiled import memory
 from tintype.errors import CheckpointError, ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
-from tintype.families.denoiser import Denoiser, Texts, picture_profiles
+from tintype.families.denoiser import Rows, Texts, alone_and_both, picture_profiles, text_inputs
 from tintype.families.editing import Edit, mask_latents, masked
-from tintype.families.stepping import OnStep, Stepper, stages
+from tintype.families.stepping import OnStep, Stepper, whole_steps
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
 from tintype.images import cover, resize_latents
@@ -52,16 +52,6 @@ class LatentDiffusion:
     def text(self) -> TextSide:
         """The prompt encoders."""
         return TextSide(self.backend, self.tokenizers, self.kind, self.defaults, self._empty)
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The UNet or transformer."""
-        return Denoiser(self.backend, self.kind)
-
-    @property
-    def stepper(self) -> Stepper:
-        """The denoiser with the sampler's step around it."""
-        return Stepper(self.backend, self.kind)
 
     @property
     def factor(self) -> int:
@@ -120,10 +110,12 @@ class LatentDiffusion:
             return 1
         table = self._table(request)
         guidance = self._guidance(request, table)
-        most = self.stepper.most(request, table, guidance)
-        if most is None:
+        stepper = self._stepper(request, table, guidance)
+        batches = [] if stepper is None else stepper.batches
+        if batches is None:
             return _MOST_IMAGES
-        return most or self.denoiser.most(request, 2 if guidance.applies else 1) or _MOST_IMAGES
+        rows = 2 if guidance.applies else 1
+        return max(batches, default=0) or self._plain(request).most(rows) or _MOST_IMAGES
 
     def conditionings(
         self, request: ImageRequest, known: dict[str, Conditioning], timings: Timings
@@ -251,11 +243,22 @@ class LatentDiffusion:
         self, request: ImageRequest, table: Table, guidance: Guidance
     ) -> list[tuple[str, str]]:
         """The (stage, profile) pairs that one picture of a request walks through."""
-        whole = self.stepper.profile(request, table, guidance, 1)
-        if whole is not None:
-            return [(stage, whole.name) for stage in stages(guidance)]
-        profiles = self.denoiser.rows(request).profiles(2 if guidance.applies else 1)
+        stepper = self._stepper(request, table, guidance)
+        if stepper is not None and (whole := stepper.profile(1)):
+            return [(stage, whole.name) for stage in sorted({*stepper.stages})]
+        profiles = self._plain(request).profiles(2 if guidance.applies else 1)
         return [("denoise", profile.name) for profile in profiles]
+
+    def _plain(self, request: ImageRequest) -> Rows:
+        """The denoiser at the request's size."""
+        return Rows(self.backend, "denoise", request.width, request.height)
+
+    def _stepper(self, request: ImageRequest, table: Table, guidance: Guidance) -> Stepper | None:
+        """The denoiser with the sampler's step around it, where that can do what is asked."""
+        stages = whole_steps(self.backend, ["denoise"] * len(table), table, guidance)
+        if not stages or request.mask is not None:
+            return None
+        return Stepper(self.backend, stages, request.width, request.height)
 
     def _start(self, request: ImageRequest) -> int:
         """How many of the first steps are left out: a step that the strength cuts in two is run by flow pipelines
@@ -326,15 +329,17 @@ class LatentDiffusion:
 
         x, noise = edit.begin(table, unit), StepNoise(table, seeds, shape, offset)
         guidance = self._guidance(first, table)
-        if self.stepper.profile(first, table, guidance, len(x)):
-            return self.stepper.walk(first, table, x, noise, texts, guidance, on_step)
+        alone, both = (text_inputs(first, rows, self.kind) for rows in alone_and_both(texts))
+        stepper = self._stepper(first, table, guidance)
+        if stepper is not None and stepper.profile(len(x)):
+            return stepper.walk(table, guidance, x, noise, alone, both, on_step)
 
         def after(step: int, x: Floats) -> Floats:
             x = edit.blended(table, step, x, unit)
             on_step(lambda: x)
             return x
 
-        predict = self.denoiser.predictor(first, texts, edit.shown)
+        predict = self._plain(first).predictor(alone, both, edit.shown)
         return walk(table, x, noise, predict, guidance, after)
 
 

@@ -20,17 +20,29 @@ from tintype.backends import Backend
 from tintype.errors import ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
 from tintype.families.denoiser import Rows, Texts, Told, alone_and_both
-from tintype.families.stepping import OnStep
+from tintype.families.stepping import OnStep, Stepper, whole_steps
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
 from tintype.images import cover, resize_latents
+from tintype.profiles import Profile
 from tintype.request import Cascade, ImageRequest, require_latents
-from tintype.sampling import Predict, StepNoise, require_finite, walk
+from tintype.sampling import StepNoise, require_finite, walk
 from tintype.schedulers import Table, default_name, make_table
 
 Floats = NDArray[np.float32]
 _MOST_IMAGES = 8  # that are walked together
 _UNGUIDED = 1.0
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """One of the walks to a picture: whose noise it takes, the shape of what is walked, and the model of each row."""
+
+    name: noise.Walk
+    shape: tuple[int, ...]
+    table: Table
+    guidance: Guidance
+    models: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,23 +88,27 @@ class Unclip:
                 f"size {request.width}x{request.height} is not in this model; it draws {self._size}"
             )
         require_latents(request, self.latent_shape(request.width, request.height))
-        self.evaluations(request)  # every table can be filled
         for stage in self.text.stages:
             self.backend.compile(stage, self.text.profile(stage))
-        guided = self._guided(request)
-        for stage, rows in self._rows(request).items():
-            for profile in rows.profiles(2 if stage in guided else 1):
-                self.backend.compile(stage, profile.name)
+        whole = ("embed_image", "project") if _varies(request) else ("embed", "project")
+        for stage in whole:
+            self.backend.compile(stage, _profile(request))
+        for leg in self._legs(request):
+            for stage, profile in self._walking(request, leg):
+                self.backend.compile(stage, profile)
 
     def evaluations(self, request: ImageRequest) -> int:
         """How often a model is asked for one picture."""
-        tables = [self._table, self._enlarging_table]
-        tables += [] if _varies(request) else [self._prior_table]
-        return sum(len(table(request)) for table in tables)
+        return sum(len(leg.table) for leg in self._legs(request))
 
     def together(self, request: ImageRequest) -> int:
         """How many pictures are walked at once; one where each must have the bytes that it has alone."""
-        return 1 if self.backend.batch_invariant else _MOST_IMAGES
+        if self.backend.batch_invariant:
+            return 1
+        steppers = [self._stepper(request, leg) for leg in self._legs(request)]
+        batches = [each.batches for each in steppers if each is not None]
+        most = (max(each, default=0) or _MOST_IMAGES for each in batches if each is not None)
+        return min(most, default=_MOST_IMAGES)
 
     def conditionings(
         self, request: ImageRequest, known: dict[str, Conditioning], timings: Timings
@@ -149,21 +165,17 @@ class Unclip:
         self, requests: Sequence[ImageRequest], texts: Sequence[Texts], on_step: OnStep
     ) -> Floats:
         """How CLIP would embed pictures of the texts, [n, e]."""
-        first, table = requests[0], self._prior_table(requests[0])
-        guidance = Guidance(scales(_cascade(first).prior_guidance, len(table), 0))
-        rows = self._rows(first)
+        first = requests[0]
         alone, both = map(_told, alone_and_both(texts))
-        predict = rows["prior"].predictor(alone, both)
-        shape = (int(self.defaults["embedding_width"]),)
-        latents = _walked(requests, "prior", shape, table, predict, guidance, on_step)
-        embeds = [self._run(rows["embed"], {"latents": each[None]}) for each in latents]
+        latents = self._walk(requests, self._prior_leg(first), alone, both, on_step)
+        embeds = [self._run("embed", first, {"latents": each[None]}) for each in latents]
         return np.concatenate([each["image_embeds"] for each in embeds])
 
     def _embedded(self, request: ImageRequest, known: dict[int, Floats]) -> Floats:
         """How CLIP embeds the picture that was given, [1, e], from `known` by its identity where it is there."""
         assert request.image is not None
         if id(request.image) not in known:
-            ran = self._run(self._rows(request)["embed_image"], {"image": request.image})
+            ran = self._run("embed_image", request, {"image": request.image})
             known[id(request.image)] = ran["image_embeds"]
         return known[id(request.image)]
 
@@ -175,27 +187,23 @@ class Unclip:
         on_step: OnStep,
     ) -> Floats:
         """Small pictures [n, 3, h/f, w/f] in -1..1."""
-        first, table = requests[0], self._table(requests[0])
+        first = requests[0]
         pairs = zip(texts, embeds[:, None], strict=True)
         projected = [self._projected(first, *pair) for pair in pairs]
         alone, both = map(_stacked, alone_and_both(projected))
-        predict = self._rows(first)["denoise"].predictor(alone, both)
-        guidance = self._guidance(first, table)
-        shape = self.latent_shape(first.width, first.height)
-        return _walked(requests, "picture", shape, table, predict, guidance, on_step).clip(-1, 1)
+        return self._walk(requests, self._drawing_leg(first), alone, both, on_step).clip(-1, 1)
 
     def _projected(
         self, request: ImageRequest, texts: Texts, embeds: Floats
     ) -> tuple[Told | None, Told]:
         """What the decoder is told of one picture without its embedding [1, e] and text, and with them."""
-        rows = self._rows(request)["project"]
         tokens = int(self.defaults["context_tokens"])
 
         def told(text: Conditioning, shown: float) -> Told:
             inputs = {"image_embeds": embeds, "shown": np.full(1, shown, np.float32)}
             inputs |= {"encoder_hidden_states": text.hidden, "text_embeds": _pooled(text)}
             read = np.pad(_own(text), [(0, 0), (tokens, 0)], constant_values=1)
-            return {**self._run(rows, inputs), "context_mask": read}
+            return {**self._run("project", request, inputs), "context_mask": read}
 
         unconditional, conditional = texts
         blank = None if unconditional is None else told(unconditional, 0.0)
@@ -203,17 +211,67 @@ class Unclip:
 
     def _enlarged(self, requests: Sequence[ImageRequest], small: Floats, on_step: OnStep) -> Floats:
         """Pictures [n, 3, h, w], which may leave -1..1 a little."""
-        first, table = requests[0], self._enlarging_table(requests[0])
-        begun = resize_latents(small, first.width, first.height)
-        rows = self._rows(first)
-        most, last = (rows[name].predictor({}, {}, begun) for name in ("enlarge", "enlarge_last"))
+        first = requests[0]
+        shown = {"low_res": resize_latents(small, first.width, first.height)}
+        return self._walk(requests, self._enlarging_leg(first), shown, {}, on_step)
+
+    def _walk(
+        self,
+        requests: Sequence[ImageRequest],
+        leg: _Leg,
+        alone: Told,
+        both: Told,
+        on_step: OnStep,
+    ) -> Floats:
+        """From each seed's noise to the end of a leg, [n, ...]."""
+        seeds, table = [request.seed for request in requests], leg.table
+        begun = [noise.initial_noise(seed, leg.shape, leg.name) for seed in seeds]
+        if leg.name == "picture":
+            given = [request.latents for request in requests]
+            begun = [
+                own if each is None else each[0] for own, each in zip(begun, given, strict=True)
+            ]
+        x = np.float32(table.init_scale) * np.stack(begun)
+        drawn = StepNoise(table, seeds, leg.shape, walk=leg.name)
+        stepper = self._stepper(requests[0], leg)
+        if stepper is not None and stepper.profile(len(x)):
+            return stepper.walk(table, leg.guidance, x, drawn, alone, both, on_step)
+
+        predictors = {
+            model: rows.predictor(alone, both)
+            for model, rows in self._plain(requests[0], leg).items()
+        }
+        model_at = dict(zip(table.timesteps.tolist(), leg.models, strict=True))
 
         def predict(x: Floats, timestep: float, guided: bool) -> tuple[Floats, Floats | None]:
-            return (last if timestep == table.timesteps[-1] else most)(x, timestep, guided)
+            return predictors[model_at[timestep]](x, timestep, guided)
 
-        guidance = Guidance(scales(_UNGUIDED, len(table), 0))
-        shape = (small.shape[1], first.height, first.width)
-        return _walked(requests, "enlarged", shape, table, predict, guidance, on_step)
+        def after(_: int, x: Floats) -> Floats:
+            on_step(lambda: x)
+            return x
+
+        return walk(table, x, drawn, predict, leg.guidance, after)
+
+    def _walking(self, request: ImageRequest, leg: _Leg) -> list[tuple[str, str]]:
+        """The (stage, profile) pairs that one picture of a request walks a leg through."""
+        stepper = self._stepper(request, leg)
+        if stepper is not None and (whole := stepper.profile(1)):
+            return [(stage, whole.name) for stage in sorted({*stepper.stages})]
+        rows = 2 if leg.guidance.applies else 1
+        plain = self._plain(request, leg).items()
+        return [(model, each.name) for model, run in plain for each in run.profiles(rows)]
+
+    def _stepper(self, request: ImageRequest, leg: _Leg) -> Stepper | None:
+        """Whole steps of a leg, where they can do what is asked."""
+        stages = whole_steps(self.backend, leg.models, leg.table, leg.guidance)
+        spreads = leg.name == "picture" and bool(self.defaults["learned_variance"])
+        size = (request.width, request.height)
+        return Stepper(self.backend, stages, *size, spreads) if stages else None
+
+    def _plain(self, request: ImageRequest, leg: _Leg) -> dict[str, Rows]:
+        """A leg's models."""
+        size = (request.width, request.height)
+        return {model: Rows(self.backend, model, *size) for model in sorted({*leg.models})}
 
     def _check_kind(self, request: ImageRequest) -> None:
         """Refuse what this kind of unCLIP does not begin with, or none does."""
@@ -230,44 +288,43 @@ class Unclip:
                 else "this model has no prior, and varies pictures; give image"
             )
 
-    def _run(self, rows: Rows, inputs: Told) -> dict[str, Floats]:
+    def _run(self, stage: str, request: ImageRequest, inputs: Told) -> dict[str, Floats]:
         """One row of a stage that no step repeats."""
-        (profile,) = rows.profiles(1)
-        outputs = self.backend.run(rows.stage, profile.name, inputs)
+        outputs = self.backend.run(stage, _profile(request), inputs)
         for array in outputs.values():
-            require_finite(rows.stage, array)
+            require_finite(stage, array)
         return outputs
 
-    def _rows(self, request: ImageRequest) -> dict[str, Rows]:
-        """The stages behind the text encoder's that a request takes."""
-        unused = ("prior", "embed") if _varies(request) else ("embed_image",)
-        return {
-            stage: Rows(self.backend, stage, request.width, request.height)
-            for stage in self.backend.stages
-            if stage not in (*self.text.stages, *unused)
-        }
+    def _guided(self, request: ImageRequest) -> bool:
+        """Whether anything is told an unconditional text beside each picture's own."""
+        return any(leg.guidance.applies for leg in self._legs(request))
 
-    def _guided(self, request: ImageRequest) -> set[str]:
-        """The stages that take an unconditional row beside each picture's own."""
-        guided = {
-            "prior": _cascade(request).prior_guidance > 1 and not _varies(request),
-            "denoise": self._guidance(request, self._table(request)).applies,
-        }
-        return {stage for stage, applies in guided.items() if applies}
+    def _legs(self, request: ImageRequest) -> list[_Leg]:
+        """What one picture walks, in this order."""
+        first = [] if _varies(request) else [self._prior_leg(request)]
+        return [*first, self._drawing_leg(request), self._enlarging_leg(request)]
 
-    def _guidance(self, request: ImageRequest, table: Table) -> Guidance:
+    def _prior_leg(self, request: ImageRequest) -> _Leg:
+        cascade = _cascade(request)
+        table = _own_table(self.defaults["prior_scheduler"], cascade.prior_steps)
+        guidance = Guidance(scales(cascade.prior_guidance, len(table), 0))
+        shape = (int(self.defaults["embedding_width"]),)
+        return _Leg("prior", shape, table, guidance, ("prior",) * len(table))
+
+    def _drawing_leg(self, request: ImageRequest) -> _Leg:
+        table = make_table(request.scheduler, self.scheduler_config, request.steps)
         steps = scales(request.guidance, len(table), 0)
-        return Guidance(steps, request.guidance_rescale, request.guidance_parallel)
+        guidance = Guidance(steps, request.guidance_rescale, request.guidance_parallel)
+        shape = self.latent_shape(request.width, request.height)
+        return _Leg("picture", shape, table, guidance, ("denoise",) * len(table))
 
-    def _prior_table(self, request: ImageRequest) -> Table:
-        return _own_table(self.defaults["prior_scheduler"], _cascade(request).prior_steps)
-
-    def _table(self, request: ImageRequest) -> Table:
-        return make_table(request.scheduler, self.scheduler_config, request.steps)
-
-    def _enlarging_table(self, request: ImageRequest) -> Table:
+    def _enlarging_leg(self, request: ImageRequest) -> _Leg:
         steps = _cascade(request).enlarging_steps
-        return _own_table(self.defaults["super_res_scheduler"], steps)
+        table = _own_table(self.defaults["super_res_scheduler"], steps)
+        models = ("enlarge",) * (len(table) - 1) + ("enlarge_last",)
+        guidance = Guidance(scales(_UNGUIDED, len(table), 0))
+        shape = (int(self.defaults["latent_channels"]), request.height, request.width)
+        return _Leg("enlarged", shape, table, guidance, models)
 
 
 def _varies(request: ImageRequest) -> bool:
@@ -280,33 +337,13 @@ def _cascade(request: ImageRequest) -> Cascade:
     return request.cascade
 
 
+def _profile(request: ImageRequest) -> str:
+    """Of what is run for one picture at a time."""
+    return Profile(request.width, request.height, 1).name
+
+
 def _own_table(config: Mapping[str, Any], steps: int) -> Table:
     return make_table(default_name(config), config, steps)
-
-
-def _walked(
-    requests: Sequence[ImageRequest],
-    name: noise.Walk,
-    shape: tuple[int, ...],
-    table: Table,
-    predict: Predict,
-    guidance: Guidance,
-    on_step: OnStep,
-) -> Floats:
-    """From each seed's noise to the table's end, [n, *shape]."""
-    seeds = [request.seed for request in requests]
-    begun = [noise.initial_noise(seed, shape, name) for seed in seeds]
-    if name == "picture":
-        given = [request.latents for request in requests]
-        begun = [own if each is None else each[0] for own, each in zip(begun, given, strict=True)]
-
-    def after(_: int, x: Floats) -> Floats:
-        on_step(lambda: x)
-        return x
-
-    x = np.float32(table.init_scale) * np.stack(begun)
-    drawn = StepNoise(table, seeds, shape, walk=name)
-    return walk(table, x, drawn, predict, guidance, after)
 
 
 def _told(texts: Sequence[Conditioning]) -> Told:

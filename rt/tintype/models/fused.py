@@ -349,15 +349,20 @@ def scheduler_step(
     coefficients: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The next x and this step's h, of tensors [n, c, h, w] and each sample's `Row.coefficients()`, [n, 7 + orders]."""
+    """The next x and this step's h, of tensors [n, ...] and each sample's `Row.coefficients()`, [n, 7 + orders]."""
     if _serves(x):
         from tintype_kernels.ops.scheduler_step import scheduler_step as op
 
         return op(x, m, m_uncond, history, coefficients, noise)
-    guidance, u_x, u_m, clip, a, c, s, *b = coefficients[..., None, None, None].unbind(1)
+    guidance, u_x, u_m, clip, a, c, s, *b = per_sample(coefficients, x).unbind(1)
     # A row holds numbers where it is the same for all samples; here they are tensors.
     row: Any = Row(u_x, u_m, a, c, tuple(b), s, clip, guidance)  # type: ignore[arg-type]
     return reference(x, m, m_uncond, history, row, noise)
+
+
+def per_sample(numbers: Tensor, x: Tensor) -> Tensor:
+    """Numbers [n] in a shape that goes with x [n, ...]; of numbers [n, k] each has it, [n, k, ...]."""
+    return numbers[(..., *(None,) * (x.ndim - 1))]
 
 
 def rotated(x: Tensor, rotation: Rotation) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tintype.models.config import from_json, require_dividing
 from tintype.models.fused import attention, bias_of_unread, convolved, enlarged, group_norm
 from tintype.models.layers import (
     ResnetBlock,
+    Time,
     TimestepEmbedding,
     image_to_tokens,
     merge_heads,
@@ -27,8 +29,9 @@ from tintype.models.layers import (
     tokens_to_image,
 )
 
-# A context's tokens [n, k, d], and 1 where one is read [n, k].
-Context = tuple[Tensor, Tensor]
+KeysAndValues = tuple[Tensor, Tensor]
+# A context's tokens [n, k, d], or what each attention made of them, and 1 where one is read [n, k].
+Context = tuple[Tensor | Mapping[nn.Module, KeysAndValues], Tensor]
 _DOWN, _UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 _ATTENDING = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -135,11 +138,16 @@ class PixelBlock(ResnetBlock):
         if self.scales:
             self.time_emb_proj = nn.Linear(time, 2 * c_out)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [n, c_in, h, w] and the embedded time [n, m] -> [n, c_out, h', w']."""
+    def told(self, time: Tensor) -> Tensor:
+        """What an embedded time [.., m] says of every pixel, [.., c_out] or twice as many."""
+        told: Tensor = self.time_emb_proj(F.silu(time))
+        return told
+
+    def forward(self, x: Tensor, time: Time) -> Tensor:  # type: ignore[override]
+        """x [n, c_in, h, w] -> [n, c_out, h', w']."""
         h = self.resample(group_norm(self.norm1, x, silu=True))
         h, x = convolved(self.conv1, h), self.resample(x)
-        told = self.time_emb_proj(F.silu(time))[:, :, None, None]
+        told = (time[self] if isinstance(time, Mapping) else self.told(time))[:, :, None, None]
         if self.scales:
             scale, shift = told.chunk(2, dim=1)
             h = F.silu(group_norm(self.norm2, h) * (1 + scale) + shift)
@@ -165,16 +173,23 @@ class ContextAttention(nn.Module):
         self.add_v_proj = nn.Linear(context, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    def remember(self, tokens: Tensor) -> KeysAndValues:
+        """Keys and values [n, heads, k, dim] of a context's tokens [n, k, d]."""
+        k, v = (
+            split_heads(layer(tokens), self.heads) for layer in (self.add_k_proj, self.add_v_proj)
+        )
+        return k, v
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [n, c, h, w] -> the same."""
         height, width = x.shape[-2:]
         tokens, read = context
-        own = image_to_tokens(group_norm(self.group_norm, x))
-        told = (self.add_k_proj(tokens), self.add_v_proj(tokens))
-        k, v = (
-            torch.cat(pair, 1) for pair in zip(told, (self.to_k(own), self.to_v(own)), strict=True)
+        told = self.remember(tokens) if isinstance(tokens, Tensor) else tokens[self]
+        pixels = image_to_tokens(group_norm(self.group_norm, x))
+        q, *own = (
+            split_heads(layer(pixels), self.heads) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        q, k, v = (split_heads(part, self.heads) for part in (self.to_q(own), k, v))
+        k, v = (torch.cat(pair, dim=2) for pair in zip(told, own, strict=True))
         read = F.pad(read.to(x.dtype), (0, height * width), value=1.0)
         attended = attention(q, k, v, bias_of_unread(read))
         return x + tokens_to_image(self.to_out[0](merge_heads(attended)), height, width)
@@ -204,7 +219,7 @@ class _Level(nn.Module):
             block = PixelBlock(config, width, width, type(self).resample)
             self.add_module(self.resampler, nn.ModuleList([block]))
 
-    def layer(self, index: int, x: Tensor, time: Tensor, context: Context | None) -> Tensor:
+    def layer(self, index: int, x: Tensor, time: Time, context: Context | None) -> Tensor:
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if hasattr(self, "attentions") else x
 
@@ -214,7 +229,7 @@ class DownLevel(_Level):
 
     resampler, resample = "downsamplers", _halved
 
-    def forward(self, x: Tensor, time: Tensor, context: Context | None) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Time, context: Context | None) -> list[Tensor]:
         skips = []
         for index in range(len(self.resnets)):
             x = self.layer(index, x, time, context)
@@ -233,7 +248,7 @@ class MidLevel(nn.Module):
         if config.cross_attention_dim is not None:
             self.attentions = nn.ModuleList([ContextAttention(config, width)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Context | None) -> Tensor:
+    def forward(self, x: Tensor, time: Time, context: Context | None) -> Tensor:
         x = self.resnets[0](x, time)
         if hasattr(self, "attentions"):
             x = self.attentions[0](x, context)
@@ -246,7 +261,7 @@ class UpLevel(_Level):
     resampler, resample = "upsamplers", _doubled
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context | None
+        self, x: Tensor, skips: list[Tensor], time: Time, context: Context | None
     ) -> Tensor:
         for index in range(len(self.resnets)):
             x = self.layer(index, torch.cat([x, skips.pop()], dim=1), time, context)
@@ -295,15 +310,53 @@ class PixelUNet(nn.Module):
     ) -> Tensor:
         """sample [n, c, h, w], timestep [n], a context ([n, k, d], [n, k]) and what is added to the embedded time
         [n, m], where the model is told them -> [n, c_out, h, w]."""
+        return self._denoised(sample, self._time(timestep, added, sample.dtype), context)
+
+    def remember(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """What is the same at every step of a picture: each attention's keys and values of the context's tokens."""
+        return tuple(chain.from_iterable(each.remember(tokens) for each in self._attending()))
+
+    def at(self, times: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What each of the times [s, n], with what is added to it embedded, tells each residual block, [s, n, c]."""
+        time = self._time(times, added, dtype)
+        return tuple(block.told(time) for block in self._timed())
+
+    def recall(
+        self,
+        told: Sequence[Tensor],
+        sample: Tensor,
+        remembered: Sequence[Tensor] = (),
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` of the sample with what its time tells, of `at` [n, c] for each, and what was remembered of a
+        context, of which ``read`` is 1 where a token is read."""
+        time = dict(zip(self._timed(), told, strict=True))
+        if read is None:
+            return self._denoised(sample, time, None)
+        pairs = zip(remembered[::2], remembered[1::2], strict=True)
+        return self._denoised(
+            sample, time, (dict(zip(self._attending(), pairs, strict=True)), read)
+        )
+
+    def _attending(self) -> list[ContextAttention]:
+        return [each for each in self.modules() if isinstance(each, ContextAttention)]
+
+    def _timed(self) -> list[PixelBlock]:
+        return [each for each in self.modules() if isinstance(each, PixelBlock)]
+
+    def _time(self, t: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Times [.., n], embedded, and what is added to them [n, m] -> [.., n, m]."""
         config = self.config
         waves = sinusoidal_embedding(
-            timestep,
+            t,
             config.block_out_channels[0],
             cos_first=config.flip_sin_to_cos,
             shift=config.freq_shift,
         )
-        time = self.time_embedding(waves.to(sample.dtype))
-        time = time if added is None else time + added
+        time: Tensor = self.time_embedding(waves.to(dtype))
+        return time if added is None else time + added
+
+    def _denoised(self, sample: Tensor, time: Time, context: Context | None) -> Tensor:
         x = convolved(self.conv_in, sample)
         skips = [x]
         for down in self.down_blocks:

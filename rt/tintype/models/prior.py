@@ -6,7 +6,7 @@ time, the noisy image embedding, and a last token whose output is the prediction
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from tintype.models.layers import (
 
 # Behind the text's tokens: its embedding, the time, the noisy image embedding, the token that is read.
 _ADDED = 4
+_CHANGING = 3  # the last of them, which no token of the text sees
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class _Attention(nn.Module):
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (split_heads(p(x), self.heads) for p in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](merge_heads(attention(q, k, v, bias)))
+    def forward(
+        self, x: Tensor, bias: Tensor, before: KeysAndValues | None
+    ) -> tuple[Tensor, KeysAndValues]:
+        q, *own = (split_heads(p(x), self.heads) for p in (self.to_q, self.to_k, self.to_v))
+        if before is not None:
+            own = [torch.cat(pair, dim=2) for pair in zip(before, own, strict=True)]
+        k, v = own
+        return self.to_out[0](merge_heads(attention(q, k, v, bias))), (k, v)
 
 
 class _Widen(nn.Module):
@@ -94,7 +101,7 @@ class _FeedForward(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, of tokens alone or behind those whose keys and values there are."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -103,9 +110,12 @@ class _Block(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = _FeedForward(width)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x), bias)
-        return x + self.ff(self.norm3(x))
+    def forward(
+        self, x: Tensor, bias: Tensor, before: KeysAndValues | None = None
+    ) -> tuple[Tensor, KeysAndValues]:
+        attended, known = self.attn1(self.norm1(x), bias, before)
+        x = x + attended
+        return x + self.ff(self.norm3(x)), known
 
 
 class Prior(nn.Module):
@@ -143,20 +153,45 @@ class Prior(nn.Module):
     ) -> Tensor:
         """sample [n, e], timestep [n], encoder_hidden_states [n, t, e], text_embeds [n, e] and text_mask [n, t], 1
         where a token is the text's own -> the clean embedding [n, e], without mean and deviation."""
-        waves = sinusoidal_embedding(timestep, self.positional_embedding.shape[-1])
+        remembered = self.remember(encoder_hidden_states, text_embeds, text_mask)
+        return self.recall(remembered, self.at(remembered, timestep), sample)
+
+    def remember(
+        self, encoder_hidden_states: Tensor, text_embeds: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What is the same at every step, as no token sees a later one: which tokens those behind the text see, and
+        each block's keys and values of the text."""
         tokens = [
             self.encoder_hidden_states_proj(encoder_hidden_states),
             self.embedding_proj(text_embeds)[:, None],
-            self.time_embedding(waves.to(sample.dtype))[:, None],
-            self.proj_in(sample)[:, None],
-            self.prd_embedding.expand(len(sample), -1, -1),
         ]
-        x = torch.cat(tokens, dim=1) + self.positional_embedding
+        x = torch.cat(tokens, dim=1) + self.positional_embedding[:, :-_CHANGING]
+        count = x.shape[1] + _CHANGING
         read = F.pad(text_mask.to(x.dtype), (0, _ADDED), value=1.0)[:, None]
-        earlier = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).tril()
+        earlier = torch.ones(count, count, dtype=x.dtype, device=x.device).tril()
         bias = bias_of_unread(read * earlier)
+        text, behind = bias.split((x.shape[1], _CHANGING), dim=2)
+        kept = [behind]
         for block in self.transformer_blocks:
-            x = block(x, bias)
+            x, known = block(x, text[..., :-_CHANGING])
+            kept += known
+        return tuple(kept)
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        """The token of each of the times [.., n], [.., n, c]."""
+        waves = sinusoidal_embedding(times, self.positional_embedding.shape[-1])
+        return (self.time_embedding(waves.to(remembered[0].dtype)),)
+
+    def recall(
+        self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], sample: Tensor
+    ) -> Tensor:
+        """`forward` of the sample with what was remembered and the token of its time, of `at` [n, c]."""
+        bias, *kept = remembered
+        tokens = (told[0], self.proj_in(sample), self.prd_embedding[0].expand(len(sample), -1))
+        x = torch.stack(tokens, dim=1) + self.positional_embedding[:, -_CHANGING:]
+        pairs = zip(kept[::2], kept[1::2], strict=True)
+        for block, known in zip(self.transformer_blocks, pairs, strict=True):
+            x, _ = block(x, bias, known)
         return self.proj_to_clip_embeddings(self.norm_out(x)[:, -1])
 
     def embedded(self, sample: Tensor) -> Tensor:

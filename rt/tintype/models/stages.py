@@ -13,13 +13,14 @@
 
 Each text encoder is a stage of its own (`encode`, `encode_2`, `encode_3`), because their tokens differ; the family
 joins what they give. Latents are scaled to the unit variance that the denoiser works on. unCLIP's other stages are in
-`unclip_stages`.
+`unclip_stages`; what steps around which is in `tintype.steps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from tintype.models.autoencoder_kl import AutoencoderKL, decode_tiled, encode_tiled
 from tintype.models.clip import CLIPTextEncoder
 from tintype.models.flux import FluxTransformer
-from tintype.models.fused import scheduler_step
+from tintype.models.fused import per_sample, scheduler_step
 from tintype.models.joint import modulations
 from tintype.models.sd3 import SD3Transformer
 from tintype.models.stage import Remembering, Stage
@@ -36,10 +37,10 @@ from tintype.models.t5 import T5Encoder
 from tintype.models.unclip_stages import CASCADE, cascade_stage
 from tintype.models.unet import UNet
 from tintype.models.vq_model import VQModel
+from tintype.steps import ROW, STEP_OF, STEPS, Step
 
 Hidden = Literal["last", "penultimate"]
 _ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
-STEPS = {"step": False, "guided_step": True}
 
 
 class TextEncodeStage(Stage):
@@ -189,7 +190,8 @@ class StepStage(Remembering):
 
     ``row`` is `step_row` of each sample, ``history`` the quantities kept at earlier steps, newest first. Guidance
     is the linear kind; every input has its sample first, so that samples of one batch may stand at different steps.
-    With ``apart`` the two of a pair run one after the other, in half the memory.
+    What a denoiser says behind its channels is how much noise it wants, of the conditional row. With ``apart`` the two
+    of a pair run one after the other, in half the memory.
     """
 
     outputs = ("next_sample", "next_history")
@@ -249,15 +251,27 @@ class StepStage(Remembering):
         noise: Tensor,
         denoise: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        time, c_in = row[:, 0], row[:, 1, None, None, None]
+        time, c_in = row[:, 0], per_sample(row[:, 1], sample)
         seen, plain = c_in * sample, None
         if self.guided:
             both = denoise(torch.cat([seen, seen]), torch.cat([time, time]))
             plain, output = both.chunk(2)
         else:
             output = denoise(seen, time)
-        stepped, kept = scheduler_step(sample, output, plain, history.unbind(1), row[:, 2:], noise)
+        channels = sample.shape[1]
+        if output.shape[1] > channels:
+            noise = noise * _spread(output[:, channels:], row[:, ROW:])
+            output, plain = output[:, :channels], None if plain is None else plain[:, :channels]
+        numbers = row[:, 2:ROW]
+        stepped, kept = scheduler_step(sample, output, plain, history.unbind(1), numbers, noise)
         return stepped, torch.cat([kept[:, None], history[:, :-1]], dim=1)
+
+
+def _spread(wanted: Tensor, logarithms: Tensor) -> Tensor:
+    """`sampling.spread` of what is wanted [n, c, ...] between each sample's logarithms [n, 2]."""
+    least, most = per_sample(logarithms, wanted).unbind(1)
+    share = (wanted + 1) / 2
+    return torch.exp(share * most + (1 - share) * least)
 
 
 def _both(told: tuple[Tensor, ...]) -> list[Tensor]:
@@ -313,16 +327,24 @@ def _is_cascade(components: Collection[str]) -> bool:
 def stage_names(components: Collection[str]) -> tuple[str, ...]:
     """The stages of a checkpoint with these components, in the order in which they run."""
     if _is_cascade(components):
-        return ("encode", *(stage for stage, part in CASCADE.items() if part in components))
-    encoders = [name for name in _ENCODERS if _ENCODERS[name] in components]
-    return (*encoders, "denoise", *STEPS, "decode", "encode_image")
+        walked = ("encode", *(stage for stage, part in CASCADE.items() if part in components))
+    else:
+        encoders = [name for name in _ENCODERS if _ENCODERS[name] in components]
+        walked = (*encoders, "denoise", "decode", "encode_image")
+    return tuple(chain.from_iterable(map(_with_steps, walked)))
+
+
+def _with_steps(stage: str) -> tuple[str, ...]:
+    steps = (STEP_OF.get(Step(stage, guided)) for guided in (False, True))
+    return stage, *(name for name in steps if name)
 
 
 def stage_component(name: str, components: Collection[str]) -> str:
     """The one component that stage ``name`` is made of."""
+    name = STEPS[name].model if name in STEPS else name
     if _is_cascade(components):
         return CASCADE.get(name, _ENCODERS["encode"])
-    if name == "denoise" or name in STEPS:
+    if name == "denoise":
         return "transformer" if "transformer" in components else "unet"
     return _ENCODERS.get(name, "vae")
 
@@ -335,7 +357,7 @@ def build_stage(
     if name in _ENCODERS:
         return _text_stage(name, components, component(part))
     if name in STEPS:
-        return step_stage(name, build_stage("denoise", components, component))
+        return step_stage(name, build_stage(STEPS[name].model, components, component))
     if _is_cascade(components):
         return cascade_stage(name, component(part))
     if name == "denoise":
@@ -343,9 +365,9 @@ def build_stage(
     return {"decode": DecodeStage, "encode_image": EncodeImageStage}[name](component(part))
 
 
-def step_stage(name: str, denoise: Remembering) -> StepStage:
-    """The stage `step` or `guided_step` around a denoiser that there is."""
-    return StepStage(denoise, guided=STEPS[name])
+def step_stage(name: str, model: Remembering) -> StepStage:
+    """The step of this name around a stage that there is."""
+    return StepStage(model, guided=STEPS[name].guided)
 
 
 def _text_stage(name: str, components: Collection[str], encoder: nn.Module) -> Stage:

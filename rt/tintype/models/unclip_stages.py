@@ -8,14 +8,16 @@
                                                               -> context [n, k, d], added [n, m]
     denoise       sample [n, 3, h, w], timestep [n], context [n, k, d], context_mask [n, k], added [n, m]
                                                               -> model_output [n, 6, h, w]
-    enlarge       sample [n, 6, H, W], timestep [n]             -> model_output [n, 3, H, W]
+    enlarge       sample [n, 3, H, W], timestep [n], low_res [n, 3, H, W] -> model_output [n, 3, H, W]
     enlarge_last  the same, for the last step
 
-Masks are 1 where a token is read; ``shown`` is 0 where the image embedding is not, for guidance. What enlarges sees
-noisy pixels and, behind them, the small picture at the large size.
+Masks are 1 where a token is read; ``shown`` is 0 where the image embedding is not, for guidance; ``low_res`` is the
+small picture at the large size. Around prior, denoise and what enlarges there are steps, as `stages` says.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from tintype.models.clip import DEVIATION, MEAN, CLIPImageEncoder
 from tintype.models.pixel_unet import PixelUNet
 from tintype.models.prior import Prior
-from tintype.models.stage import Stage
+from tintype.models.stage import Remembering, Stage
 from tintype.models.unclip_projection import UnclipProjection
 
 # The component of each stage, in the order in which they run.
@@ -38,11 +40,12 @@ CASCADE = {
 }
 
 
-class PriorStage(Stage):
+class PriorStage(Remembering):
     """A noisy image embedding, time and text -> the clean one."""
 
     inputs = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "text_mask")
     outputs = ("model_output",)
+    changing = 2
 
     def __init__(self, prior: Prior) -> None:
         super().__init__()
@@ -58,6 +61,24 @@ class PriorStage(Stage):
     ) -> Tensor:
         told = (each.to(self.dtype) for each in (encoder_hidden_states, text_embeds, text_mask))
         return self.prior(sample.to(self.dtype), timestep, *told).float()
+
+    def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
+        return self.prior.remember(*(each.to(self.dtype) for each in told))
+
+    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return timestep
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        return self.prior.at(remembered, times)
+
+    def recall(
+        self,
+        remembered: tuple[Tensor, ...],
+        told: Sequence[Tensor],
+        sample: Tensor,
+        timestep: Tensor,
+    ) -> Tensor:
+        return self.prior.recall(remembered, told, sample.to(self.dtype)).float()
 
 
 class EmbedStage(Stage):
@@ -112,11 +133,12 @@ class ProjectStage(Stage):
         return context.float(), added.float()
 
 
-class PixelDenoiseStage(Stage):
+class PixelDenoiseStage(Remembering):
     """Noisy pixels, time and context -> the noise in them, and how much a step should add."""
 
     inputs = ("sample", "timestep", "context", "context_mask", "added")
     outputs = ("model_output",)
+    changing = 2
 
     def __init__(self, unet: PixelUNet) -> None:
         super().__init__()
@@ -128,19 +150,61 @@ class PixelDenoiseStage(Stage):
         tokens = (context.to(self.dtype), context_mask)
         return self.unet(sample.to(self.dtype), timestep, tokens, added.to(self.dtype)).float()
 
+    def remember(self, context: Tensor, context_mask: Tensor, added: Tensor) -> tuple[Tensor, ...]:
+        pairs = self.unet.remember(context.to(self.dtype))
+        return context_mask.to(self.dtype), added.to(self.dtype), *pairs
 
-class EnlargeStage(Stage):
-    """Noisy pixels beside the small picture, and time -> the noise in them."""
+    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return timestep
 
-    inputs = ("sample", "timestep")
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        return self.unet.at(times, remembered[1], self.dtype)
+
+    def recall(
+        self,
+        remembered: tuple[Tensor, ...],
+        told: Sequence[Tensor],
+        sample: Tensor,
+        timestep: Tensor,
+    ) -> Tensor:
+        read, _, *pairs = remembered
+        return self.unet.recall(told, sample.to(self.dtype), pairs, read).float()
+
+
+class EnlargeStage(Remembering):
+    """Noisy pixels, time and the small picture -> the noise in them."""
+
+    inputs = ("sample", "timestep", "low_res")
     outputs = ("model_output",)
+    changing = 2
 
     def __init__(self, unet: PixelUNet) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.unet(sample.to(self.dtype), timestep).float()
+    def forward(self, sample: Tensor, timestep: Tensor, low_res: Tensor) -> Tensor:
+        return self.unet(self._beside(sample, low_res), timestep).float()
+
+    def remember(self, low_res: Tensor) -> tuple[Tensor, ...]:
+        return (low_res.to(self.dtype),)
+
+    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return timestep
+
+    def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
+        return self.unet.at(times, None, self.dtype)
+
+    def recall(
+        self,
+        remembered: tuple[Tensor, ...],
+        told: Sequence[Tensor],
+        sample: Tensor,
+        timestep: Tensor,
+    ) -> Tensor:
+        return self.unet.recall(told, self._beside(sample, *remembered)).float()
+
+    def _beside(self, sample: Tensor, low_res: Tensor) -> Tensor:
+        return torch.cat([sample, low_res], dim=1).to(self.dtype)
 
 
 _STAGES: dict[str, type[Stage]] = {

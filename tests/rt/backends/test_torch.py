@@ -255,6 +255,8 @@ REMEMBERING = pytest.mark.parametrize(
     [
         *product(("sd1", "sdxl", "sd3", "sd35"), ("denoise", "step", "guided_step")),
         *product(("flux-dev",), ("denoise", "step")),
+        *product(("unclip",), ("denoise", "step", "guided_step", "prior", "prior_step")),
+        *product(("unclip",), ("prior_guided_step", "enlarge", "enlarge_last_step")),
     ],
 )
 

