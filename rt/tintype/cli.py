@@ -1,4 +1,4 @@
-"""The one command: `tintype generate`, `inspect`, `schedulers`, and what other packages add by entry point."""
+"""The one command: `tintype generate`, `inspect`, `schedulers`, `serve`, and what other packages add by entry point."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    from tintype.commands import generate, inspect, schedulers
+    from tintype.commands import generate, inspect, schedulers, serve
 
     parser = argparse.ArgumentParser(prog="tintype", description=tintype.__doc__)
     parser.add_argument("--version", action="version", version=f"tintype {tintype.__version__}")
@@ -73,6 +73,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     generate.register(subparsers)
     inspect.register(subparsers)
     schedulers.register(subparsers)
+    serve.register(subparsers)
     # Looking other packages up costs time, so only a command that is not ours does it.
     if not arguments or arguments[0] not in subparsers.choices:
         _register_plugins(subparsers, arguments[0] if arguments else "")

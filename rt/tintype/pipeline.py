@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from inspect import signature
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from tintype.images import Floats, to_pil
 from tintype.request import Cascade, ImageRequest, share, spread, starts, whole_number
 from tintype.schedulers import default_name
 
+Arguments = ParamSpec("Arguments")
 Family = LatentDiffusion | Unclip
 OnStep = Callable[[int, int, Floats], Any]
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -36,6 +38,20 @@ class Output:
     images: list[Image.Image] | NDArray[np.float32]
     seeds: list[int]
     timings: dict[str, float]
+
+
+def _at_once(
+    prepare: Callable[Concatenate[Pipeline, Arguments], Call],
+) -> Callable[Concatenate[Pipeline, Arguments], Output]:
+    """The method that takes `prepare`'s arguments, whose call it runs."""
+
+    @wraps(prepare)
+    def run(pipeline: Pipeline, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
+        return prepare(pipeline, *args, **kwargs).run()
+
+    shown = signature(prepare).replace(return_annotation="Output")
+    run.__signature__ = shown  # type: ignore[attr-defined]
+    return run
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ class Pipeline:
         checked = check_scale(guidance, whole["steps"])
         return {**whole, "guidance": checked, "scheduler": method}
 
-    def __call__(  # noqa: PLR0913 - the contract's arguments, which are diffusers'
+    def prepare(  # noqa: PLR0913 - the contract's arguments, which are diffusers'
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
@@ -99,8 +115,9 @@ class Pipeline:
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
         super_res_num_inference_steps: int | None = None,
-    ) -> Output:
-        """Make pictures; names follow diffusers.
+    ) -> Call:
+        """Make pictures; names follow diffusers. `prepare(...)` takes the same arguments and only checks them: what
+        it returns makes the pictures when it is `run()`.
 
         `guidance_scale` is a number, a list of one a step, or a function of progress in 0..1, such as
         `tintype.guidance.interval(7.5, 0.1, 0.8)`; 1 or less means no guidance, and `guidance_rescale` draws the
@@ -164,7 +181,11 @@ class Pipeline:
         own = _own_arrays(latents, image, mask_image, fit)
         with _told_where_memory_lacks(settings["width"], settings["height"]):
             requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
-            return self._run(requests, output_type, callback_on_step_end)
+            for request in requests:
+                self.family.check(request)
+        return Call(self.family, requests, output_type, callback_on_step_end)
+
+    __call__ = _at_once(prepare)
 
     def _told(self, guidance: Scale, true_cfg_scale: float) -> dict[str, Any]:
         """Guidance of a model that is told it, beside the one that extrapolates."""
@@ -206,30 +227,42 @@ class Pipeline:
         height, width = images.to_numpy(first).shape[1:3]
         return (width, height) if self.family.runs(width, height) else (None, None)
 
-    def _run(
-        self, requests: list[ImageRequest], output_type: str, on_step: OnStep | None
-    ) -> Output:
-        """As many images at a time as the backend holds without their bytes depending on their neighbours."""
-        for request in requests:
-            self.family.check(request)
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a pipeline that has been checked and not yet run; `requests` has one an image."""
+
+    family: Family
+    requests: Sequence[ImageRequest]
+    output_type: str
+    on_step: OnStep | None
+
+    def run(self) -> Output:
+        """Make the pictures."""
         timings: dict[str, float] = {}
+        with _told_where_memory_lacks(self.requests[0].width, self.requests[0].height):
+            arrays = np.concatenate(self._arrays(timings))
+            made = [to_pil(array) for array in arrays] if self.output_type == "pil" else arrays
+        return Output(made, [request.seed for request in self.requests], timings)
+
+    def _arrays(self, timings: dict[str, float]) -> list[Floats]:
+        """As many images at a time as the backend holds without their bytes depending on their neighbours."""
         known: dict[str, Conditioning] = {}
         pictures: dict[int, Floats] = {}
-        size = self.family.together(requests[0])
-        chunks = [requests[i : i + size] for i in range(0, len(requests), size)]
-        notify = _counter(on_step, len(chunks) * self.family.evaluations(requests[0]))
+        size = self.family.together(self.requests[0])
+        chunks = [self.requests[i : i + size] for i in range(0, len(self.requests), size)]
+        total = len(chunks) * self.family.evaluations(self.requests[0])
+        notify = _counter(self.on_step, total)
         results = []
         for chunk in chunks:
             texts = [self.family.conditionings(request, known, timings) for request in chunk]
             latents = self.family.denoise(chunk, texts, pictures, notify, timings)
             for request, own in zip(chunk, latents, strict=True):
                 result = own[None]
-                if output_type != "latent":
+                if self.output_type != "latent":
                     result = self.family.decode(request, result, timings)
                 results.append(result)
-        arrays = np.concatenate(results)
-        made = [to_pil(array) for array in arrays] if output_type == "pil" else arrays
-        return Output(made, [request.seed for request in requests], timings)
+        return results
 
 
 @contextmanager

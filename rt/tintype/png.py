@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image, PngImagePlugin
 
+from tintype._version import __version__
 from tintype.errors import RequestError
+
+if TYPE_CHECKING:
+    from tintype.pipeline import Output, Pipeline
 
 CHUNK = "tintype"
 # The names by which the field's web interfaces know our methods.
@@ -46,6 +51,26 @@ class Settings:
     model: str
     version: str
     strength: float | None = None
+
+
+def settings_of(pipeline: Pipeline, asked: Mapping[str, Any], output: Output) -> list[Settings]:
+    """The settings of each picture that a call of one prompt gave; `asked` are its arguments."""
+    names = ("height", "width", "num_inference_steps", "guidance_scale", "scheduler")
+    chosen = pipeline.settings(**{name: asked.get(name) for name in names})
+    width, height = output.images[0].size  # an edit takes its picture's
+    common: dict[str, Any] = chosen | {"width": width, "height": height}
+    return [
+        Settings(
+            prompt=asked["prompt"],
+            negative_prompt=asked.get("negative_prompt") or "",
+            seed=seed,
+            model=pipeline.name,
+            version=__version__,
+            strength=asked.get("strength"),
+            **common,
+        )
+        for seed in output.seeds
+    ]
 
 
 def write_png(image: Image.Image, target: BinaryIO, settings: Settings) -> None:

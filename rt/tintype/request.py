@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from tintype.guidance import Scale
 SEEDS = 1 << 64
 _MOST_IMAGES = 65_536  # of one call, which has them all in memory
 Floats = NDArray[np.float32]
+_SIZE = re.compile(r"(\d{1,99})x(\d{1,99})")  # int() has a limit of its own, of thousands
 
 
 # The arguments that only unCLIP takes, in the order of `Cascade`'s fields.
@@ -107,6 +110,14 @@ def whole_number(name: str, value: Any, *, least: int) -> int:
     if number < least or isinstance(value, bool):
         raise RequestError(f"{name}={value!r} is not a whole number of at least {least}")
     return number
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """A size such as 512x768 -> (512, 768)."""
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise RequestError(f"size={reprlib.repr(text)} is not of the form WxH, such as 512x768")
+    return int(found[1]), int(found[2])
 
 
 def share(name: str, value: Any, *, least: float) -> float:

@@ -340,17 +340,18 @@ def test_help_lists_what_other_packages_add(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(
-        command in text for command in ("generate", "inspect", "schedulers", "bench", "train")
+        command in text
+        for command in ("generate", "inspect", "schedulers", "serve", "bench", "train")
     )
 
 
 def test_a_command_whose_packages_are_missing_names_the_extra(monkeypatch, capsys):
-    absent = EntryPoint("serve", "a_package_nobody_has.cli:register", cli.GROUP)
+    absent = EntryPoint("paint", "a_package_nobody_has.cli:register", cli.GROUP)
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [absent])
-    assert main(["serve", "model", "--port", "1"]) == 1
+    assert main(["paint", "model", "--port", "1"]) == 1
     error = capsys.readouterr().err
     assert "a_package_nobody_has" in error
-    assert 'pip install "tintype[serve]"' in error
+    assert 'pip install "tintype[paint]"' in error
 
 
 def test_the_installed_command_runs(tiny_bundle, tmp_path):

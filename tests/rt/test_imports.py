@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "diffusers", "numpy", "PIL", "fastapi"}
+WEB = {"fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart"}
+HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "diffusers", "numpy", "PIL"} | WEB
 # Each package with those that it may import; arrows run down this list.
 ARROWS = {
     "tintype_bench": {"tintype_export", "tintype", "tintype_kernels"},
@@ -51,6 +52,17 @@ def test_a_picture_needs_no_torch(tiny_bundle):
         "diffusers",
         "huggingface_hub",
     }
+
+
+def test_a_server_needs_no_torch():
+    found = modules_after("import tintype.serving.server")
+    assert found >= WEB
+    assert not found & {"torch", "onnx", "transformers", "diffusers"}
+
+
+def test_fields_pictures_and_the_queue_know_no_web_framework():
+    parts = ("fields", "uploads", "queue", "replies")
+    assert not modules_after("\n".join(f"import tintype.serving.{part}" for part in parts)) & WEB
 
 
 def imported(path):

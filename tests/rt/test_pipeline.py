@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from PIL import Image
 import tintype
 from tintype.errors import Cancelled, ProfileError, RequestError, TintypeError
 from tintype.noise import initial_noise
+from tintype.pipeline import Pipeline
 from tintype.tokenizer import ClipTokenizer
 from tiny_bundle import SCHEDULER, random_weights
 from tolerances import TINY_GRAPH, relative_error
-from watched import with_backend
+from watched import watched, with_backend
 
 THEIRS = {
     "ddim": DDIMScheduler,
@@ -183,6 +185,26 @@ def test_memory_that_lacks_is_told_with_the_size(tiny_pipeline, monkeypatch, err
     monkeypatch.setattr("tintype.families.latent_diffusion.initial_noise", fail)
     with pytest.raises(TintypeError, match="picture of 32x32 does not fit into memory"):
         tiny_pipeline(PROMPT)
+
+
+def test_a_prepared_call_is_checked_at_once_and_makes_its_pictures_when_it_is_run(tiny_pipeline):
+    pipeline, backend = watched(tiny_pipeline)
+    with pytest.raises(ProfileError, match="size 64x64"):
+        pipeline.prepare(PROMPT, width=64, height=64)
+    with pytest.raises(RequestError, match="scheduler='warp'"):
+        pipeline.prepare(PROMPT, scheduler="warp")
+    call = pipeline.prepare(PROMPT, seed=3, num_images_per_prompt=2, output_type="np")
+    assert not backend.ran
+    expected = tiny_pipeline(PROMPT, seed=3, num_images_per_prompt=2, output_type="np")
+    out = call.run()
+    np.testing.assert_array_equal(out.images, expected.images)
+    assert out.seeds == [3, 4]
+
+
+def test_a_call_and_a_prepared_one_take_the_same_arguments():
+    called, prepared = (signature(each) for each in (Pipeline.__call__, Pipeline.prepare))
+    assert called.parameters == prepared.parameters
+    assert (called.return_annotation, prepared.return_annotation) == ("Output", "Call")
 
 
 def test_threads_do_not_disturb_each_other(tiny_bundle):

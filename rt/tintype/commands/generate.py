@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tintype.commands.loading import add_loading, load
 from tintype.commands.output import (
     Progress,
     picture_size,
@@ -20,6 +20,9 @@ from tintype.commands.output import (
 
 if TYPE_CHECKING:
     from tintype.pipeline import Output, Pipeline
+    from tintype.png import Settings
+
+_SETTINGS = ("height", "width", "steps", "guidance", "scheduler")  # which all pictures share
 
 
 def register(subparsers: Any) -> None:
@@ -45,15 +48,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, help="the same seed makes the same picture")
     parser.add_argument("--count", type=int, default=1, help="pictures to make")
     parser.add_argument("--scheduler", help="see `tintype schedulers`")
-    parser.add_argument("--backend", default="auto", help="see `tintype inspect`")
-    parser.add_argument(
-        "--lora",
-        nargs="+",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="low-rank updates of a checkpoint's weights",
-    )
-    _add_placement(parser)
+    add_loading(parser)
     parser.add_argument("--init", type=Path, metavar="IMAGE", help="a picture to begin from")
     parser.add_argument(
         "--mask", type=Path, metavar="IMAGE", help="where to paint it anew: white on black"
@@ -68,69 +63,36 @@ def _text(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _add_placement(parser: argparse.ArgumentParser) -> None:
-    """Where a model is and in what; but for the first two these are for checkpoints, on small machines."""
-    parser.add_argument("--device", default="auto", help="as the backend names it, such as cuda:1")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="of the weights: float16, ...; on torch int8, int4, fp8, too",
-    )
-    parser.add_argument(
-        "--without",
-        nargs="+",
-        default=[],
-        metavar="ENCODER",
-        help="text encoders to leave out, such as text_encoder_3",
-    )
-    parser.add_argument(
-        "--offload", help="what waits on the host while it is not used: model, sequential"
-    )
-    parser.add_argument(
-        "--vae-tiling", action="store_true", help="encode and decode in overlapping tiles"
-    )
-    parser.add_argument(
-        "--attention-slicing",
-        action="store_true",
-        help="attention in slices where the device has no fused kernel for it",
-    )
-
-
-def _placement(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("device", "dtype", "without", "offload", "vae_tiling", "attention_slicing")
-    return {name: getattr(options, name) for name in names}
-
-
 def run(options: argparse.Namespace) -> None:
     """Make the pictures and write them; the place to write to is tried before the work starts."""
     require_png(options.output)
     require_writable(options.output)
-    import tintype
+    from tintype.png import settings_of
 
     begin = time.perf_counter()
-    pipeline = tintype.load(
-        options.model, backend=options.backend, lora=options.lora, **_placement(options)
-    )
+    pipeline = load(options)
     loaded = time.perf_counter() - begin
     width, height = options.size or (None, None)
     asked = {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative,
         "height": height,
         "width": width,
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "scheduler": options.scheduler,
+        **_edit(options),
     }
-    settings = pipeline.settings(**asked)
-    output = _generate(pipeline, options, asked | _edit(options))
-    width, height = output.images[0].size  # an edit takes its picture's
-    settings |= {"width": width, "height": height}
+    output = _generate(pipeline, options, asked)
     begin = time.perf_counter()
-    paths = _save(options, pipeline.name, settings, output)
+    settings = settings_of(pipeline, asked, output)
+    paths = _save(options.output, settings, output)
     timings = {"load": loaded, **output.timings, "save": time.perf_counter() - begin}
     made = list(zip(paths, output.seeds, strict=True))
     if options.json:
         images = [{"path": str(path), "seed": seed} for path, seed in made]
-        report = {"images": images, "model": pipeline.name, "settings": settings}
+        shared = {name: getattr(settings[0], name) for name in _SETTINGS}
+        report = {"images": images, "model": pipeline.name, "settings": shared}
         print(json.dumps({**report, "timings": timings}))
     else:
         print("\n".join(f"{path} (seed {seed})" for path, seed in made))
@@ -149,8 +111,6 @@ def _generate(pipeline: Pipeline, options: argparse.Namespace, asked: dict[str, 
     progress = Progress()
     try:
         return pipeline(
-            options.prompt,
-            options.negative,
             num_images_per_prompt=options.count,
             seed=options.seed,
             callback_on_step_end=progress,
@@ -160,24 +120,12 @@ def _generate(pipeline: Pipeline, options: argparse.Namespace, asked: dict[str, 
         progress.close()
 
 
-def _save(
-    options: argparse.Namespace, model: str, settings: dict[str, Any], output: Output
-) -> list[Path]:
-    from tintype import __version__
-    from tintype.png import Settings, write_png
+def _save(target: Path | None, settings: list[Settings], output: Output) -> list[Path]:
+    from tintype.png import write_png
 
-    common = Settings(
-        prompt=options.prompt,
-        negative_prompt=options.negative or "",
-        seed=0,
-        model=model,
-        version=__version__,
-        strength=options.strength,
-        **settings,
-    )
-    paths = _paths(options.output, output.seeds)
-    for path, seed, image in zip(paths, output.seeds, output.images, strict=True):
-        write_whole(path, partial(write_png, image, settings=replace(common, seed=seed)))
+    paths = _paths(target, output.seeds)
+    for path, own, image in zip(paths, settings, output.images, strict=True):
+        write_whole(path, partial(write_png, image, settings=own))
     return paths
 
 

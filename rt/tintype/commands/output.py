@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tintype.errors import RequestError
-
-_SIZE = re.compile(r"(\d+)x(\d+)")
 
 
 class Progress:
@@ -113,7 +110,9 @@ def _umask() -> int:
 
 def picture_size(text: str) -> tuple[int, int]:
     """A --size such as 512x768 -> (512, 768), for argparse."""
-    found = _SIZE.fullmatch(text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form WxH, such as 512x768")
-    return int(found[1]), int(found[2])
+    from tintype.request import picture_size as parsed
+
+    try:
+        return parsed(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

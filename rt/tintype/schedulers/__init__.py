@@ -27,7 +27,7 @@ from tintype.schedulers.pndm import pndm
 from tintype.schedulers.table import Table
 from tintype.schedulers.unipc import unipc
 
-__all__ = ["Plan", "ScheduleConfig", "Table", "default_name", "make_table", "names"]
+__all__ = ["Plan", "ScheduleConfig", "Table", "default_name", "fitting", "make_table", "names"]
 
 _DIFFUSION, _FLOW, _EDM = "diffusion", "flow", "EDM"
 
@@ -65,6 +65,12 @@ def names() -> list[str]:
     return list(_METHODS)
 
 
+def fitting(config: Mapping[str, Any]) -> list[str]:
+    """The methods that sample a model with this `scheduler_config.json`."""
+    kind = _kind(config, ScheduleConfig.from_config(config))
+    return [name for name, method in _METHODS.items() if kind in method.kinds]
+
+
 def default_name(config: Mapping[str, Any]) -> str:
     """The method that a checkpoint's `scheduler_config.json` names."""
     own = config.get("_class_name")
@@ -93,13 +99,16 @@ def make_table(
     if not isinstance(name, str) or name not in _METHODS:
         raise RequestError(f"scheduler={name!r} is unknown; choose one of {', '.join(names())}")
     parsed = ScheduleConfig.from_config(config)
-    kind = _EDM if "sigma_data" in config else _FLOW if parsed.is_flow else _DIFFUSION
-    fitting = [each for each, method in _METHODS.items() if kind in method.kinds]
-    if name not in fitting:
+    kind = _kind(config, parsed)
+    if kind not in _METHODS[name].kinds:
         raise RequestError(
-            f"scheduler={name!r} does not sample a {kind} model; choose one of {', '.join(fitting)}"
+            f"scheduler={name!r} does not sample a {kind} model; choose one of {', '.join(fitting(config))}"
         )
     return _filled(name, parsed, Plan(steps, start, tokens))
+
+
+def _kind(config: Mapping[str, Any], parsed: ScheduleConfig) -> str:
+    return _EDM if "sigma_data" in config else _FLOW if parsed.is_flow else _DIFFUSION
 
 
 @lru_cache(maxsize=64)

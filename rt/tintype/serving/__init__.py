@@ -1,0 +1,1 @@
+"""A pipeline behind OpenAI's images API: fields in, a queue, pictures out."""
