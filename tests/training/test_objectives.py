@@ -11,6 +11,7 @@ from tintype.training.objectives import (
     NoiseSchedule,
     contrastive_loss,
     kl_to_standard_normal,
+    learned_variance_loss,
     noisy_and_flow,
     noisy_and_velocity,
 )
@@ -35,6 +36,32 @@ def test_noisy_latents_and_velocity_equal_diffusers(ddpm):
     noisy, velocity = noisy_and_velocity(x0, noise, ddpm.alphas_cumprod[times].double())
     torch.testing.assert_close(noisy, ddpm.add_noise(x0, noise, times))
     torch.testing.assert_close(velocity, ddpm.get_velocity(x0, noise, times))
+
+
+@pytest.mark.parametrize("wanted", [-1.0, 0.3, 1.0])
+def test_the_loss_of_a_learned_variance_is_the_divergence_of_two_steps_back(wanted):
+    """q and p as Ho et al. 2020 (equations 6 and 7) and Nichol and Dhariwal 2021 (equation 15) write them."""
+    shares = NoiseSchedule().alphas_cumprod()
+    time = torch.tensor([0, 1, 400, 999])
+    x0, clean, noisy = (torch.randn(4, 3, 2, 2).double() for _ in range(3))
+    now, before = (shares[at][1:].view(-1, 1, 1, 1) for at in (time, (time - 1).clamp(min=0)))
+    beta = 1 - now / before
+    least = beta * (1 - before) / (1 - now)
+
+    def mean(x):
+        kept = (now / before).sqrt() * (1 - before) / (1 - now) * noisy[1:]
+        return before.sqrt() * beta / (1 - now) * x[1:] + kept
+
+    share = (wanted + 1) / 2
+    variance = beta**share * least ** (1 - share)
+    step = torch.distributions.Normal
+    parts = torch.distributions.kl_divergence(
+        step(mean(x0), least.sqrt()), step(mean(clean), variance.sqrt())
+    )
+    expected = parts.sum() / x0.numel() / np.log(2)  # the first time counts as nothing
+    asked = (x0, clean, torch.full_like(x0, wanted))
+    found = float(learned_variance_loss(asked, time, shares))
+    assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_contrastive_loss_is_the_papers_symmetric_cross_entropy():

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -70,6 +71,9 @@ def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
         channels=(32, 64),
         width=64,
         blocks=2,
+        prior_blocks=2,
+        decoder_channels=(32, 64),
+        upsampler_channels=(16, 32),
         **dict.fromkeys(FITTED, _FIT),
     )
     monkeypatch.setattr(stages, "_FRESH", 10)
@@ -79,7 +83,10 @@ def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
         stages, "_fresh", lambda count: stages.PostcardStore(*stages.render_many(10, 3, workers=1))
     )
     monkeypatch.setattr(stages, "_PROMPTS", 2)
-    few = {kind: {**asked, "num_inference_steps": 2} for kind, asked in stages._ASKED.items()}
+    few = {
+        kind: {name: 2 if name.endswith("steps") else each for name, each in asked.items()}
+        for kind, asked in stages._ASKED.items()
+    }
     monkeypatch.setattr(stages, "_ASKED", few)
     stages.run("postcard", shop, lambda line: None)
     record = json.loads((shop.model / "training.json").read_text())
@@ -102,6 +109,24 @@ def test_the_recipe_makes_a_checkpoint_that_draws(tmp_path, monkeypatch):
     assert "2 blocks 64 wide" in card
     encoded = {"prompt": "a red lighthouse", "seed": 1, "num_inference_steps": 2}
     assert load(beside.model)(**encoded, output_type="np").images.shape == (1, 128, 128, 3)
+
+    cascade = replace(shop, out=tmp_path / "unclip", start=shop.model)
+    for stage in ("prior", "decoder", "upsampler", "accuracy"):
+        stages.run(stage, cascade, lambda line: None)
+    card = (cascade.model / "README.md").read_text()
+    assert card.startswith("# Postcard-unclip")
+    assert "a UNet, 32/64, draws 32x32 pixels" in card
+    drawn = load(cascade.model)(
+        **few["unclip"], prompt="a red lighthouse", seed=1, output_type="np"
+    )
+    assert drawn.images.shape == (1, 128, 128, 3)
+    # What was trained is what is stored, diffusers' own loader included.
+    theirs = diffusers.PriorTransformer.from_pretrained(cascade.model / "prior")
+    assert theirs.clip_std.min() > 0
+    for name in ("decoder", "super_res_first", "super_res_last"):
+        kind = diffusers.UNet2DConditionModel if name == "decoder" else diffusers.UNet2DModel
+        _, found = kind.from_pretrained(cascade.model / name, output_loading_info=True)
+        assert not any(found.values())
 
 
 def test_a_shortened_text_encoder_says_the_same_of_a_caption():

@@ -11,9 +11,13 @@ import torch
 
 from tintype.errors import RequestError
 
-_STAGES = ("data", "judge", "clip", "autoencoder", "denoiser", "accuracy", "flow", "postcard")
-
-_STARTING = ("denoiser", "flow")
+_STAGES = (
+    *("data", "judge", "clip", "autoencoder", "denoiser", "accuracy"),
+    "flow",
+    *("prior", "decoder", "upsampler"),
+    "postcard",
+)
+_STARTING = ("denoiser", "flow", "prior")
 
 
 def register(subparsers: Any) -> None:
@@ -31,7 +35,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--start",
         metavar="MODEL",
-        help="denoiser: train this checkpoint's further; flow: use its other parts (postcard's)",
+        help="denoiser: train this checkpoint's further; flow, prior: use its other parts (postcard's)",
     )
     parser.add_argument(
         "--steps", type=int, help="optimiser steps of the stage, instead of the recipe's"

@@ -8,6 +8,7 @@ from torch import nn
 from tintype.models.autoencoder_kl import MidAttention
 from tintype.models.joint import modulations
 from tintype.models.layers import ResnetBlock
+from tintype.models.pixel_unet import ContextAttention
 from tintype.models.sd3 import SD3Transformer
 from tintype.models.unet import SpatialTransformer
 
@@ -23,7 +24,7 @@ def silence_residual_branches(model: nn.Module) -> None:
             _zero(module.conv2)
         elif isinstance(module, SpatialTransformer):
             _zero(module.proj_out)
-        elif isinstance(module, MidAttention):
+        elif isinstance(module, MidAttention | ContextAttention):
             _zero(module.to_out[0])
 
 

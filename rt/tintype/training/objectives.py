@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,31 @@ def noisy_and_flow(x0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Ten
     """
     t = time[:, None, None, None]
     return x0 + t * (noise - x0), noise - x0
+
+
+def learned_variance_loss(
+    predicted: tuple[Tensor, Tensor, Tensor], time: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """Mean over elements, in bits, of KL(q || p) of a step back from `time` [n], above the first.
+
+    `predicted` is the clean x0, the model's x0 and, from -1 to 1, how much variance it wants between the least that
+    theory gives and the most. Nichol and Dhariwal, ICML 2021 (arXiv 2102.09672), section 3.1.
+    """
+    x0, clean, wanted = predicted
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    beta = 1 - alphas_cumprod / before
+    least = beta * (1 - before) / (1 - alphas_cumprod)
+    above = time.clamp(min=1).to(alphas_cumprod.device)  # the first step back adds no noise
+    log_least, log_most, weight = (
+        table[above].float().view(-1, 1, 1, 1).to(x0.device)
+        for table in (least.log(), beta.log(), before.sqrt() * beta / (1 - alphas_cumprod))
+    )
+    share = (wanted + 1) / 2
+    log_variance = share * log_most + (1 - share) * log_least
+    apart = (weight * (x0 - clean)).square() * (-log_variance).exp()
+    kl = 0.5 * (log_variance - log_least + (log_least - log_variance).exp() + apart - 1)
+    counted = (time > 0).to(x0.device).float().view(-1, 1, 1, 1)
+    return (counted * kl).mean() / math.log(2)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:

@@ -10,17 +10,32 @@ from typing import Any
 
 from tintype.models.autoencoder_kl import AutoencoderKL
 from tintype.models.clip import CLIPTextEncoder
+from tintype.models.pixel_unet import PixelUNet
+from tintype.models.prior import Prior
 from tintype.models.sd3 import SD3Transformer
+from tintype.models.unclip_projection import UnclipProjection
 from tintype.models.unet import UNet
 
 from ..save import published_config, save_component, write_json
-from . import denoiser, flow
+from . import denoiser, flow, unclip
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = {
     "_diffusers_version": "0.31.0",
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"],
+}
+_UNCLIP_INDEX = {
+    "_class_name": "UnCLIPPipeline",
+    "_diffusers_version": "0.31.0",
+    "decoder": ["diffusers", "UNet2DConditionModel"],
+    "prior": ["diffusers", "PriorTransformer"],
+    **{name: ["diffusers", "UnCLIPScheduler"] for name in unclip.SCHEDULER_CONFIGS},
+    "super_res_first": ["diffusers", "UNet2DModel"],
+    "super_res_last": ["diffusers", "UNet2DModel"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_proj": ["unclip", "UnCLIPTextProjModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
 }
 _UNET_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -92,13 +107,46 @@ def _save_index(folder: Path, index: Mapping[str, Any], scheduler: Mapping[str, 
 
 def begin_flow(start: Path, encoder: CLIPTextEncoder, folder: Path) -> None:
     """A flow checkpoint but for its transformer: autoencoder, judge and tokenizer of ``start``, and this encoder."""
-    for name in ("vae", "judge", "tokenizer"):
+    shutil.copytree(start / "vae", folder / "vae", dirs_exist_ok=True)
+    _begin(start, encoder, folder)
+    _save_index(folder, _FLOW_INDEX, flow.SCHEDULER_CONFIG)
+
+
+def begin_unclip(start: Path, encoder: CLIPTextEncoder, folder: Path) -> None:
+    """An unCLIP checkpoint but for what is trained: judge and tokenizer of ``start``, and this encoder."""
+    _begin(start, encoder, folder)
+    write_json(folder / "model_index.json", _UNCLIP_INDEX)
+    for name, config in unclip.SCHEDULER_CONFIGS.items():
+        written = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", **config}
+        write_json(folder / name / "scheduler_config.json", written)
+
+
+def _begin(start: Path, encoder: CLIPTextEncoder, folder: Path) -> None:
+    for name in ("judge", "tokenizer"):
         shutil.copytree(start / name, folder / name, dirs_exist_ok=True)
     settings = folder / "tokenizer" / "tokenizer_config.json"
     length = {"model_max_length": encoder.config.max_position_embeddings}
     write_json(settings, json.loads(settings.read_text(encoding="utf-8")) | length)
     _save_clip(encoder, "CLIPTextModelWithProjection", folder / "text_encoder")
-    _save_index(folder, _FLOW_INDEX, flow.SCHEDULER_CONFIG)
+
+
+def save_prior(prior: Prior, folder: Path) -> None:
+    save_component(prior, published_config(prior.config, "PriorTransformer"), folder, _WEIGHTS)
+
+
+def save_projection(projection: UnclipProjection, folder: Path) -> None:
+    config = published_config(projection.config, "UnCLIPTextProjModel")
+    save_component(projection, config, folder, _WEIGHTS)
+
+
+def save_pixel_unet(unet: PixelUNet, folder: Path) -> None:
+    if unet.config.cross_attention_dim is None:
+        config = published_config(unet.config, "UNet2DModel", add_attention=False)
+        del config["cross_attention_dim"]
+    else:
+        middle = "UNetMidBlock2DSimpleCrossAttn"
+        config = published_config(unet.config, "UNet2DConditionModel", mid_block_type=middle)
+    save_component(unet, config, folder, _WEIGHTS)
 
 
 def save_transformer(transformer: SD3Transformer, folder: Path) -> None:

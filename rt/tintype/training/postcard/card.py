@@ -41,6 +41,12 @@ Autoencoder, text encoder and judge are postcard's. A joint text-image transform
 {blocks} blocks {width} wide, on 2x2 patches of the latents, predicts the velocity of straight paths from picture to
 noise; every time counts the same. Its text is the encoder's last layer but one, and the end token's last state.
 """,
+    "prior": """
+Text encoder and judge are postcard's. In DALL-E 2's form: a causal transformer, {prior_blocks} blocks, draws what the
+judge would see in a picture of the text; a UNet, {decoder_channels}, draws 32x32 pixels of that and the text; another,
+{upsampler_channels}, enlarges them. All predict what is clean on the cosine schedule; the decoder says how much noise a
+step adds.
+""",
 }
 _RETRAIN = {
     "denoiser": """
@@ -57,6 +63,13 @@ Once more, beside a finished postcard:
     tintype train accuracy --data DATA --out OUT --recipe {name}
     tintype export OUT/model -o BUNDLE --steps {steps} --guidance {guidance:g}
 """,
+    "prior": """
+Once more, beside a finished postcard:
+
+    tintype train data --data DATA --out OUT --recipe {name}
+    for stage in prior decoder upsampler accuracy; do tintype train $stage --data DATA --out OUT --recipe {name}; done
+    tintype export OUT/model -o BUNDLE --steps {steps} --guidance {guidance:g}
+""",
 }
 _FIGURES = """
 ## Figures
@@ -67,25 +80,29 @@ is the mean without the sky, which is decoration.
 
 {rows}
 
-The autoencoder's round trip has {psnr:.1f} dB PSNR. Of {among} fresh pictures, {retrieval:.0f}% find their caption
-among all {among} by CLIP's measure.
+{round_trip}Of {among} fresh pictures, {retrieval:.0f}% find their caption among all {among} by CLIP's measure.
 """
+_TITLES = {"prior": "Postcard-unclip", "flow": "Postcard-flow", "denoiser": "Postcard"}
 
 
 def write_card(path: Path, recipe: Recipe, record: Mapping[str, Any]) -> None:
     """Write the card to ``path`` from what the training stages recorded."""
     accuracy, fits = record["prompt_accuracy"], record["fits"]
-    kind = "flow" if "flow" in fits else "denoiser"
+    kind = next(each for each in _TITLES if each in fits)
     text = _HEAD.format(
-        title="Postcard-flow" if kind == "flow" else "Postcard",
+        title=_TITLES[kind],
         attributes="; ".join(f"{a} ({', '.join(map(str, v))})" for a, v in ATTRIBUTES.items()),
         pictures=recipe.pictures,
         encoded=recipe.encoded,
         recipe=_RECIPES[kind].format(
-            channels="/".join(map(str, recipe.channels)),
             layers=recipe.layers,
             blocks=recipe.blocks,
             width=recipe.width,
+            prior_blocks=recipe.prior_blocks,
+            **{
+                name: "/".join(map(str, getattr(recipe, name)))
+                for name in ("channels", "decoder_channels", "upsampler_channels")
+            },
         ),
     )
     text += _fits(fits) + _RETRAIN[kind].format(
@@ -112,12 +129,13 @@ def _fits(fits: Mapping[str, Any]) -> str:
 
 def _figures(record: Mapping[str, Any]) -> str:
     accuracy, clip = record["prompt_accuracy"], record["clip"]
-    columns = {
-        "judge, fresh renders": record["judge"],
-        "after the autoencoder": record["autoencoder"]["read_after_round_trip"],
-        "generated, seen": accuracy["seen"],
-        "generated, held out": accuracy["held_out"],
-    }
+    columns = {"judge, fresh renders": record["judge"]}
+    round_trip = ""
+    if "autoencoder" in record:
+        columns["after the autoencoder"] = record["autoencoder"]["read_after_round_trip"]
+        psnr = record["autoencoder"]["psnr_db"]
+        round_trip = f"The autoencoder's round trip has {psnr:.1f} dB PSNR. "
+    columns |= {"generated, seen": accuracy["seen"], "generated, held out": accuracy["held_out"]}
     names = [f.name for f in fields(Scene) if f.name != "seed"] + ["overall"]
     rows = ["| attribute | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
@@ -130,7 +148,7 @@ def _figures(record: Mapping[str, Any]) -> str:
         scheduler=accuracy["scheduler"],
         guidance=accuracy["guidance_scale"],
         rows="\n".join(rows),
-        psnr=record["autoencoder"]["psnr_db"],
+        round_trip=round_trip,
         among=clip["among"],
         retrieval=100 * clip["retrieval"],
     )

@@ -1,7 +1,8 @@
 """The stages of training the models in the box, each reading what the ones before it wrote.
 
 DATA/                    pictures.npy, data.json                  data
-OUT/model/               the checkpoint, diffusers layout         clip, autoencoder, denoiser; or flow
+OUT/model/               the checkpoint, diffusers layout         clip, autoencoder, denoiser; or flow; or prior,
+                                                                  decoder, upsampler
 OUT/model/judge/         the judge's weights                      judge
 OUT/model/training.json  how each model was fitted, what it does  every fitted stage, accuracy
 OUT/model/README.md      the same for people                      accuracy
@@ -25,6 +26,7 @@ from tintype.checkpoints import open_checkpoint
 from tintype.errors import TintypeError
 from tintype.loading import BOX, is_checkpoint, load
 from tintype.models.autoencoder_kl import AutoencoderKL
+from tintype.models.pixel_unet import PixelUNet
 from tintype.tokenizer import ClipTokenizer
 
 from ..save import write_json
@@ -40,6 +42,15 @@ from .flow import flow_config, new_transformer, shortened, train_flow
 from .judge import Judge, accuracy, load_judge, save_judge, train_judge
 from .recipe import Recipe
 from .store import PostcardStore, open_store, write_store
+from .unclip import (
+    new_decoder,
+    new_prior,
+    new_upsampler,
+    small_pictures,
+    train_decoder,
+    train_prior,
+    train_upsampler,
+)
 
 _RECORD = "training.json"
 _DATA_SEED, _FRESH_SEED, _PROMPT_SEED = 1, 3, 5
@@ -49,6 +60,14 @@ _OF_PARTS = ("judge", "clip", "autoencoder")  # figures that a flow takes over w
 _ASKED: Mapping[str, Mapping[str, Any]] = {
     "latent_unet": {"num_inference_steps": 20, "scheduler": "dpmpp_2m", "guidance_scale": 4.0},
     "sd3": {"num_inference_steps": 12, "scheduler": "flow_euler", "guidance_scale": 3.0},
+    "unclip": {
+        "prior_num_inference_steps": 10,
+        "prior_guidance_scale": 2.0,
+        "num_inference_steps": 20,
+        "guidance_scale": 3.0,
+        "super_res_num_inference_steps": 5,
+        "scheduler": "ddpm",
+    },
 }
 
 
@@ -91,11 +110,11 @@ class Workshop:
             raise TintypeError(f"{self.model} has no judge yet; run: tintype train judge")
         return load_judge(folder)
 
-    def component(self, name: str) -> torch.nn.Module:
-        """A trained part, float32, on the host."""
+    def component(self, name: str, first: str = "clip") -> torch.nn.Module:
+        """A trained part, float32, on the host, of the checkpoint that the stage ``first`` begins."""
         if not is_checkpoint(self.model):
             raise TintypeError(
-                f"{self.model} is no checkpoint yet; run the stages before: tintype train clip"
+                f"{self.model} is no checkpoint yet; run the stages before: tintype train {first}"
             )
         return open_checkpoint(self.model).component(name, torch.float32, torch.device("cpu"))
 
@@ -228,6 +247,60 @@ def flow(shop: Workshop) -> None:
     shop.record_fit("flow")
 
 
+def prior(shop: Workshop) -> None:
+    """unCLIP's prior, on what the judge sees in pictures, in a checkpoint whose other parts are not trained yet."""
+    store, recipe = shop.store(), shop.recipe
+    start = shop.start or BOX / "postcard"
+    told: Any = open_checkpoint(start).component("text_encoder")
+    encoder = shortened(told)
+    assemble.begin_unclip(start, encoder, shop.model)
+    for name in ("judge", "clip"):
+        shop.record(name, _read_record(start)[name])
+    model = new_prior(recipe.prior_blocks, recipe.prior.seed)
+    assemble.save_prior(model, shop.model / "prior")
+    _save_decoder(shop, new_decoder(recipe.decoder_channels, recipe.decoder.seed))
+    _save_upsampler(shop, new_upsampler(recipe.upsampler_channels, recipe.upsampler.seed))
+    seen = judged_features(shop.judge(), store.first(recipe.encoded))
+    tokenizer, scenes = ClipTokenizer(shop.model / "tokenizer"), store.scenes[: recipe.encoded]
+    train_prior(model, (seen, scenes), encoder, tokenizer, recipe.prior, shop.work("prior"))
+    assemble.save_prior(model.cpu(), shop.model / "prior")
+    shop.record_fit("prior")
+
+
+def decoder(shop: Workshop) -> None:
+    """unCLIP's decoder, on small pictures and what the judge sees in them."""
+    store, recipe = shop.store(), shop.recipe
+    encoder: Any = shop.component("text_encoder", first="prior")
+    seen = judged_features(shop.judge(), store.first(recipe.encoded))
+    small = small_pictures(store, recipe.encoded)
+    model = new_decoder(recipe.decoder_channels, recipe.decoder.seed)
+    tokenizer, scenes = ClipTokenizer(shop.model / "tokenizer"), store.scenes[: recipe.encoded]
+    data = (small, seen, scenes)
+    train_decoder(model, data, encoder, tokenizer, recipe.decoder, shop.work("decoder"))
+    _save_decoder(shop, model.cpu())
+    shop.record_fit("decoder")
+
+
+def upsampler(shop: Workshop) -> None:
+    """unCLIP's upsampler, which serves every step of enlarging."""
+    store, recipe = shop.store(), shop.recipe
+    shop.component("super_res_first", first="prior")  # it is there to be replaced
+    model = new_upsampler(recipe.upsampler_channels, recipe.upsampler.seed)
+    train_upsampler(model, store, recipe.upsampler, shop.work("upsampler"))
+    _save_upsampler(shop, model.cpu())
+    shop.record_fit("upsampler")
+
+
+def _save_decoder(shop: Workshop, model: Any) -> None:
+    assemble.save_projection(model["projection"], shop.model / "text_proj")
+    assemble.save_pixel_unet(model["unet"], shop.model / "decoder")
+
+
+def _save_upsampler(shop: Workshop, model: PixelUNet) -> None:
+    for name in ("super_res_first", "super_res_last"):
+        assemble.save_pixel_unet(model, shop.model / name)
+
+
 def measure(shop: Workshop) -> None:
     """Prompt accuracy of the finished model on seen and on held-out combinations."""
     reader, pipeline = shop.judge(), load(shop.model)
@@ -254,6 +327,9 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "denoiser": denoiser,
     "accuracy": measure,
     "flow": flow,
+    "prior": prior,
+    "decoder": decoder,
+    "upsampler": upsampler,
 }
 _POSTCARD = ("data", "judge", "clip", "autoencoder", "denoiser", "accuracy")
 

@@ -23,6 +23,10 @@ class PostcardStore:
     pictures: np.ndarray
     scenes: list[Scene]
 
+    def first(self, count: int) -> PostcardStore:
+        """The first pictures alone."""
+        return PostcardStore(self.pictures[:count], self.scenes[:count])
+
 
 def write_store(
     folder: Path, count: int, seed: int, *, size: int = 128, held_out: bool = False
