@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tintype.commands.cascade import add_cascade, cascade_of
 from tintype.commands.output import picture_size
 from tintype.errors import RequestError
 from tintype.models.quantised import GROUPS
@@ -92,6 +93,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--steps", type=_count, help="steps of a request that names none")
     parser.add_argument("--guidance", type=_finite, help="guidance of a request that names none")
+    add_cascade(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
 
@@ -119,9 +121,14 @@ def run(options: argparse.Namespace) -> None:
     from tintype.loading import resolve
 
     source = resolve(options.model)
-    defaults = open_checkpoint(source).defaults
+    checkpoint = open_checkpoint(source)
+    defaults, cascade = checkpoint.defaults, cascade_of(options)
+    if cascade and checkpoint.family != "unclip":
+        raise RequestError(
+            f"{', '.join(cascade)}: for unCLIP models, and {options.model} is a {checkpoint.family}; leave it out"
+        )
     sizes = options.size or [(defaults["width"], defaults["height"])]
-    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance, **cascade}
     asked |= {"width": sizes[0][0], "height": sizes[0][1]}
     config = ExportConfig(
         sizes=tuple(sizes),

@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from tintype._version import __version__
 from tintype.errors import RequestError
+from tintype.request import CASCADE
 
 if TYPE_CHECKING:
     from tintype.pipeline import Output, Pipeline
@@ -51,12 +52,19 @@ class Settings:
     model: str
     version: str
     strength: float | None = None
+    cascade: Mapping[str, float] | None = None  # what `request.CASCADE` names, of an unCLIP
 
 
 def settings_of(pipeline: Pipeline, asked: Mapping[str, Any], output: Output) -> list[Settings]:
     """The settings of each picture that a call of one prompt gave; `asked` are its arguments."""
     names = ("height", "width", "num_inference_steps", "guidance_scale", "scheduler")
     chosen = pipeline.settings(**{name: asked.get(name) for name in names})
+    own = pipeline.family.defaults
+    cascade = {
+        name: own[name] if asked.get(name) is None else asked[name]
+        for name in CASCADE
+        if name in own
+    }
     width, height = output.images[0].size  # an edit takes its picture's
     common: dict[str, Any] = chosen | {"width": width, "height": height}
     return [
@@ -67,6 +75,7 @@ def settings_of(pipeline: Pipeline, asked: Mapping[str, Any], output: Output) ->
             model=pipeline.name,
             version=__version__,
             strength=asked.get("strength"),
+            cascade=cascade or None,
             **common,
         )
         for seed in output.seeds

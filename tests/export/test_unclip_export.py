@@ -15,8 +15,11 @@ from remembered_traces import remembered_trace
 from tintype.backends.graphs import read_graph
 from tintype.backends.remembering import parted
 from tintype.bundle import open_bundle
+from tintype.cli import main
 from tintype.errors import ProfileError, RequestError
+from tintype.request import CASCADE
 from tintype_export import bundle as exporting
+from tintype_export import cli
 from tintype_export.bundle import ExportConfig, export_bundle, wanted_engines
 from tintype_export.calibration import Calibration
 from tintype_export.quality import psnr
@@ -170,6 +173,22 @@ def test_a_bundle_varies_pictures_as_torch_does(tmp_path):
     request = {"prompt": "red", "image": picture, **SETTINGS}
     expected = tintype.load(source, backend="torch")(**request, **STEPS).images
     assert psnr(tintype.load(target)(**request).images, expected) > LEAST_DB["fp32"]
+
+
+def test_the_command_takes_settings_of_a_cascade_and_of_a_cascade_alone(
+    source, tmp_path, monkeypatch, capsys
+):
+    seen = []
+    monkeypatch.setattr(cli, "export_bundle", lambda *given: seen.append(given))
+    asked = ["--prior-steps", "9", "--prior-guidance", "1.5", "--super-res-steps", "4"]
+    target = str(tmp_path / "bundle")
+    assert main(["export", str(source), "-o", target, *asked]) == 0
+    defaults = seen[0][2].defaults
+    assert {name: defaults[name] for name in CASCADE} == dict(
+        zip(CASCADE, (9, 1.5, 4), strict=True)
+    )
+    assert main(["export", "postcard", "-o", target, *asked]) == 2
+    assert "prior_num_inference_steps, prior_gu" in capsys.readouterr().err
 
 
 def test_no_other_size_is_exported(source, tmp_path):

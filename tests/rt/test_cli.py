@@ -53,6 +53,18 @@ def test_generate_writes_the_picture_with_its_settings(
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+def test_a_cascades_own_options_are_its_arguments_and_in_its_picture(saved, tmp_path):
+    model, target = saved("unclip"), tmp_path / "out.png"
+    asked = ["--prior-steps", "2", "--prior-guidance", "1.5", "--steps", "2", "--seed", "3"]
+    assert main(["generate", PROMPT, "-m", str(model), "-o", str(target), *asked]) == 0
+    cascade = {"prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
+    (expected,) = tintype.load(model)(PROMPT, seed=3, num_inference_steps=2, **cascade).images
+    with Image.open(target) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+    # What was left open is the model's own.
+    assert read_png(target).cascade == cascade | {"super_res_num_inference_steps": 7}
+
+
 def test_an_edit_begins_with_a_picture(tiny_bundle, tiny_pipeline, tmp_path, capsys):
     picture = tiny_pipeline(PROMPT, width=48, height=32, seed=1).images[0]
     shade = np.zeros((32, 48), np.uint8)

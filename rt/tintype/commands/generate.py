@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tintype.commands.cascade import add_cascade, cascade_of
 from tintype.commands.loading import add_loading, load
 from tintype.commands.output import (
     Progress,
@@ -48,6 +49,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, help="the same seed makes the same picture")
     parser.add_argument("--count", type=int, default=1, help="pictures to make")
     parser.add_argument("--scheduler", help="see `tintype schedulers`")
+    add_cascade(parser)
     add_loading(parser)
     parser.add_argument("--init", type=Path, metavar="IMAGE", help="a picture to begin from")
     parser.add_argument(
@@ -81,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "scheduler": options.scheduler,
+        **cascade_of(options),
         **_edit(options),
     }
     output = _generate(pipeline, options, asked)
