@@ -43,15 +43,19 @@ def configured(name, fields):
     return {**theirs.config, "_class_name": CLASSES[name].__name__}, theirs
 
 
-def compare(name, fields, steps, *, mu=None, tokens=None):
-    """Walk our table and diffusers' scheduler side by side, both from our x, with the same outputs and noise."""
+def compare(name, fields, steps, *, mu=None, tokens=None, start=0):
+    """Walk our table and diffusers' scheduler side by side, both from our x, with the same outputs and noise.
+
+    Of methods of one evaluation a step, from the one numbered `start`, as an edit does.
+    """
     config, theirs = configured(name, fields)
-    table = make_table(name, config, steps, tokens=tokens)
+    table = make_table(name, config, steps, tokens=tokens, start=start)
     if hasattr(theirs, "alphas_cumprod"):
         theirs.alphas_cumprod = theirs.alphas_cumprod.double()
         if hasattr(theirs, "final_alpha_cumprod") and not config["set_alpha_to_one"]:
             theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
     theirs.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+    theirs.timesteps = theirs.timesteps[start:]
     assert len(table) == len(theirs.timesteps)
     assert relative_error(table.timesteps, theirs.timesteps.double()) < SCHEDULER_STEP
     expected = float(getattr(theirs, "init_noise_sigma", 1.0))

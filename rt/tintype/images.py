@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Floats = NDArray[np.float32]
+Box = tuple[float, float, float, float]
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -91,11 +92,7 @@ def resize(images: ArrayLike, width: int, height: int, method: str = "lanczos") 
     array = np.asarray(images, np.float32)
     if array.shape[1:3] == (height, width):
         return array
-    planes = [
-        [_plane(picture[..., channel], width, height, method) for channel in range(array.shape[-1])]
-        for picture in array
-    ]
-    return np.moveaxis(np.array(planes, np.float32), 1, -1)
+    return _resized(array, (width, height), method)
 
 
 def centre_crop(images: ArrayLike, width: int, height: int) -> Floats:
@@ -114,8 +111,16 @@ def cover(images: ArrayLike, width: int, height: int, method: str = "lanczos") -
     array = np.asarray(images, np.float32)
     scale = max(width / array.shape[2], height / array.shape[1])
     across, down = (max(1, round(scale * side)) for side in (array.shape[2], array.shape[1]))
-    scaled = np.clip(resize(array, max(across, width), max(down, height), method), 0, 1)
-    return centre_crop(scaled, width, height)
+    return _middle(array, (max(across, width), max(down, height)), (width, height), method)
+
+
+def shortest_side(images: ArrayLike, side: int, method: str = "bicubic") -> Floats:
+    """Scale [n, h, w, c] until the shorter side has ``side`` pixels, and crop to a square, as CLIP's processor does: of
+    the longer side a pixel that is not whole is left out."""
+    array = np.asarray(images, np.float32)
+    sides = array.shape[2], array.shape[1]
+    across, down = (int(side * each / min(sides)) for each in sides)
+    return _middle(array, (across, down), (side, side), method)
 
 
 def normalise(images: ArrayLike, mean: ArrayLike = 0.5, std: ArrayLike = 0.5) -> Floats:
@@ -173,6 +178,28 @@ def _scaled(array: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(array, np.float32)
 
 
-def _plane(plane: Floats, width: int, height: int, method: str) -> Floats:
-    picture = Image.fromarray(np.ascontiguousarray(plane, np.float32), mode="F")
-    return np.asarray(picture.resize((width, height), _RESAMPLING[method]), np.float32)
+def _middle(array: Floats, scaled: tuple[int, int], kept: tuple[int, int], method: str) -> Floats:
+    """The middle of [n, h, w, c] as it would be scaled to another size (width, height), of which no more is made."""
+    own = array.shape[2], array.shape[1]
+    if scaled == own:
+        return centre_crop(array, *kept)
+    begin = [(whole - part) // 2 for whole, part in zip(scaled, kept, strict=True)]
+    ends = [first + part for first, part in zip(begin, kept, strict=True)]
+    left, top, right, bottom = (
+        edge * side / whole
+        for edges in (begin, ends)
+        for edge, side, whole in zip(edges, own, scaled, strict=True)
+    )
+    return np.clip(_resized(array, kept, method, (left, top, right, bottom)), 0, 1)
+
+
+def _resized(array: Floats, size: tuple[int, int], method: str, box: Box | None = None) -> Floats:
+    """[n, h, w, c] at another size (width, height), or what of it lies in a box (left, top, right, bottom)."""
+    resampling = _RESAMPLING[method]
+
+    def plane(values: Floats) -> Floats:
+        picture = Image.fromarray(np.ascontiguousarray(values, np.float32), mode="F")
+        return np.asarray(picture.resize(size, resampling, box), np.float32)
+
+    planes = [[plane(values) for values in np.moveaxis(each, -1, 0)] for each in array]
+    return np.moveaxis(np.array(planes, np.float32), 1, -1)

@@ -69,6 +69,29 @@ def test_crop_and_cover():
     assert images.cover(array, 7, 5).min() >= 0
 
 
+@pytest.mark.parametrize("size", [(7, 5), (16, 3), (3, 16), (40, 9), (2, 2)])
+@pytest.mark.parametrize("method", ["bilinear", "bicubic", "lanczos"])
+def test_what_covers_is_the_middle_of_the_whole_at_that_scale(size, method):
+    width, height = size
+    scale = max(width / 8, height / 6)
+    whole = images.resize(images.to_numpy(PIXELS), round(8 * scale), round(6 * scale), method)
+    expected = images.centre_crop(whole.clip(0, 1), width, height)
+    actual = images.cover(images.to_numpy(PIXELS), width, height, method)
+    assert relative_error(actual, expected) < TINY_GRAPH
+
+
+def test_no_more_is_made_of_a_long_picture_than_is_kept(monkeypatch):
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, size, *rest: made.append(size) or resize(self, size, *rest),
+    )
+    long = np.random.default_rng(0).random((1, 16_000, 1, 3), np.float32)
+    assert images.cover(long, 64, 64).shape == (1, 64, 64, 3)
+    assert set(made) == {(64, 64)}
+
+
 def test_masks_have_one_channel():
     shade = Image.fromarray(PIXELS[..., 0])
     assert images.to_numpy(shade, "mask_image", channels=1).shape == (1, 6, 8, 1)

@@ -23,7 +23,7 @@ from tintype.families.denoiser import Rows, Texts, Told, alone_and_both
 from tintype.families.stepping import OnStep, Stepper, whole_steps
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
-from tintype.images import cover, resize_latents
+from tintype.images import resize_latents, shortest_side
 from tintype.profiles import Profile
 from tintype.request import Cascade, ImageRequest, require_latents
 from tintype.sampling import StepNoise, require_finite, walk
@@ -74,7 +74,7 @@ class Unclip:
     def fitted(self, picture: Floats, width: int, height: int) -> Floats:
         """A picture [1, h, w, 3] to be varied, as CLIP sees it, [1, s, s, 3]; as it is where no CLIP does."""
         side = int(self.defaults.get("image_side", 0))
-        return cover(picture, side, side, "bicubic") if side else picture
+        return shortest_side(picture, side) if side else picture
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """[c, h/f, w/f] of what the decoder draws."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tintype.errors import CheckpointError
 from tintype.schedulers.config import Plan, ScheduleConfig
@@ -14,7 +14,13 @@ from tintype.schedulers.ddim import final_alpha
 from tintype.schedulers.grids import training_steps
 from tintype.schedulers.table import Float64, Table
 
-Steps = NDArray[np.int64]
+# Which outputs each of the four evaluations of Runge and Kutta's step moves by: age -> weight.
+_RUNGE_KUTTA: tuple[dict[int, float], ...] = (
+    {0: 1.0},
+    {0: 1.0},
+    {0: 1.0},
+    {3: 1 / 6, 2: 1 / 3, 1: 1 / 3, 0: 1 / 6},
+)
 # Adams and Bashforth's weights by order, newest first.
 _ADAMS = {
     2: (3 / 2, -1 / 2),
@@ -38,18 +44,21 @@ class _Move:
 
 
 def pndm(config: ScheduleConfig, plan: Plan) -> Table:
-    """h keeps the model's plain output."""
+    """h keeps the model's plain output.
+
+    An edit begins within the list of all evaluations, as published, and there with the first of the method's moves.
+    """
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise CheckpointError(
             f"scheduler config: pndm takes prediction_type epsilon or v_prediction, not {config.prediction_type}"
         )
-    times = training_steps(config, plan.steps, "leading")[plan.start :]
+    times = training_steps(config, plan.steps, "leading").tolist()
     stride = config.num_train_timesteps // plan.steps
     # Runge and Kutta's beginning takes four points; with fewer there is no room for it.
     if config.skip_prk_steps or len(times) < 4:
-        moves = _multistep_moves(times, stride)
+        moves = _multistep_moves([*times[:2], *times[1:]][plan.start :], stride)
     else:
-        moves = _runge_kutta_moves(times, stride)
+        moves = _runge_kutta_moves(times, stride, plan.start)
     alphas = config.alphas_cumprod()
     final = final_alpha(config, alphas, default=False)
     told = np.array([move.told for move in moves])
@@ -68,33 +77,36 @@ def pndm(config: ScheduleConfig, plan: Plan) -> Table:
     )
 
 
-def _multistep_moves(times: Steps, stride: int) -> list[_Move]:
+def _multistep_moves(told: Sequence[int], stride: int) -> list[_Move]:
     """The first step is taken twice, the second time with the mean of the outputs at its two ends."""
-    first, rest = int(times[0]), [int(time) for time in times[1:]]
+    first, rest = told[0], told[1:]
     moves = [_Move(first, first, first - stride, {0: 1.0})]
     if rest:
         moves.append(_Move(rest[0], rest[0] + stride, rest[0], {0: 0.5, 1: 0.5}, again=True))
     kept = [0]
-    for time in rest:
+    for time in rest[1:]:
         kept.append(len(moves))
         moves.append(_Move(time, time, time - stride, _adams(kept)))
     return moves
 
 
-def _runge_kutta_moves(times: Steps, stride: int) -> list[_Move]:
-    """Three steps by the classical fourth-order method, then the multistep on the outputs at their beginnings."""
+def _runge_kutta_moves(times: Sequence[int], stride: int, start: int) -> list[_Move]:
+    """Three steps by the classical fourth-order method, then the multistep on the outputs at their beginnings.
+
+    Where the list of evaluations is cut at `start`, its moves begin where the whole list's do.
+    """
     half = stride // 2
+    beginning = [
+        time for begin, end in pairwise(times[:4]) for time in (begin, end + half, end + half, end)
+    ]
+    told = [*beginning, *times[3:]][start:]
     moves: list[_Move] = []
-    for begin, end in zip(times[:3].tolist(), times[1:4].tolist(), strict=True):
-        middle = end + half
-        moves += [
-            _Move(begin, begin, begin - half, {0: 1.0}),
-            _Move(middle, begin, middle, {0: 1.0}, again=True),
-            _Move(middle, begin, middle - half, {0: 1.0}, again=True),
-            _Move(end, begin, end, {3: 1 / 6, 2: 1 / 3, 1: 1 / 3, 0: 1 / 6}, again=True),
-        ]
-    kept = [0, 4, 8]
-    for time in times[3:].tolist():
+    for index, time in enumerate(told[: len(beginning)]):
+        phase = index % len(_RUNGE_KUTTA)
+        begin, end = beginning[index - phase], time - (0 if phase % 2 else half)
+        moves.append(_Move(time, begin, end, _RUNGE_KUTTA[phase], again=phase > 0))
+    kept = [*range(0, len(moves), len(_RUNGE_KUTTA))]
+    for time in told[len(beginning) :]:
         kept.append(len(moves))
         moves.append(_Move(time, time, time - stride, _adams(kept)))
     return moves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -212,6 +213,18 @@ def test_pndm_begun_by_runge_and_kutta(steps, spacing, prediction):
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde"])
 def test_dpm_solver_forms(name, order, kind):
     compare(name, {**SD1, "solver_order": order, "solver_type": kind}, 20)
+
+
+CUTS = [(5, 1), (5, 4), (10, 2), (10, 5), (50, 10), (50, 47)]
+
+
+# Runge and Kutta's beginning takes four steps at least.
+@pytest.mark.parametrize(
+    ("skip", "cut"), [(True, (1, 0)), (True, (2, 1)), *product((True, False), CUTS)], ids=str
+)
+def test_an_edit_by_pndm_begins_where_theirs_does(skip, cut):
+    steps, start = cut
+    compare("pndm", {**SD1, "skip_prk_steps": skip, "steps_offset": 1}, steps, start=start)
 
 
 @pytest.mark.parametrize("steps", STEPS[:-1])
