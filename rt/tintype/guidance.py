@@ -111,7 +111,7 @@ def _called(value: Callable[[float], float], progress: float) -> float:
 def _finite(value: object) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         raise RequestError(f"guidance_scale={value!r} is not a finite number")

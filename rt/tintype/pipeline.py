@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
+from math import isfinite
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
@@ -171,7 +172,7 @@ class Pipeline:
             "long_prompts": long_prompts,
             "interpolate_from": None if interpolate_from is None else _sides(interpolate_from),
         }
-        settings |= self._told(settings["guidance"], true_cfg_scale)
+        settings |= self._told(settings["guidance"], true_cfg_scale, negative_prompt)
         settings["cascade"] = self._cascade(
             prior_num_inference_steps=prior_num_inference_steps,
             prior_guidance_scale=prior_guidance_scale,
@@ -187,7 +188,9 @@ class Pipeline:
 
     __call__ = _at_once(prepare)
 
-    def _told(self, guidance: Scale, true_cfg_scale: float) -> dict[str, Any]:
+    def _told(
+        self, guidance: Scale, true_cfg_scale: float, negative_prompt: str | Sequence[str] | None
+    ) -> dict[str, Any]:
         """Guidance of a model that is told it, beside the one that extrapolates."""
         if self.family.kind != "flux":
             if true_cfg_scale != 1.0:
@@ -198,6 +201,11 @@ class Pipeline:
         if not isinstance(guidance, (int, float)):
             raise RequestError(
                 "guidance_scale is one number for a model that is told it; vary true_cfg_scale instead"
+            )
+        if true_cfg_scale != 1.0 and negative_prompt is None:
+            raise RequestError(
+                f"true_cfg_scale={true_cfg_scale!r} extrapolates from a negative_prompt, and there is none; give one, "
+                "which may be empty"
             )
         told = float(guidance) if self.family.defaults["guidance_embeds"] else None
         return {"guidance": check_scale(true_cfg_scale, 1), "embedded_guidance": told}
@@ -212,9 +220,9 @@ class Pipeline:
             return None
         filled = {n: self.family.defaults[n] if v is None else v for n, v in given.items()}
         steps = {n: whole_number(n, v, least=1) for n, v in filled.items() if n.endswith("steps")}
-        guidance = check_scale(filled["prior_guidance_scale"], 1)
-        if not isinstance(guidance, float | int):
-            raise RequestError(f"prior_guidance_scale={guidance!r} is not a number")
+        guidance = filled["prior_guidance_scale"]
+        if not isinstance(guidance, float | int) or not isfinite(guidance):
+            raise RequestError(f"prior_guidance_scale={guidance!r} is not a finite number")
         return Cascade(
             steps["prior_num_inference_steps"],
             float(guidance),
@@ -345,12 +353,13 @@ def _size(picture: Floats) -> str:
 
 
 def _counter(on_step: OnStep | None, total: int) -> Callable[[Callable[[], Floats]], None]:
+    """Counts steps, and shows the caller a copy of the latents: what it writes there is its own."""
     done = 0
 
     def notify(fetch: Callable[[], Floats]) -> None:
         nonlocal done
         step, done = done, done + 1
-        answer = None if on_step is None else on_step(step, total, fetch())
+        answer = None if on_step is None else on_step(step, total, fetch().copy())
         if isinstance(answer, bool | np.bool_) and not answer:
             raise Cancelled(f"the callback cancelled the request at step {done} of {total}")
 

@@ -236,7 +236,7 @@ def test_bad_usage_is_status_2_and_one_line(
         (["--dtype", "float8"], 2, "dtype='float8' is unknown; choose auto, float32"),
         (["--device", "warp"], 2, "device='warp' is unknown; choose auto, cpu, cuda"),
         (["--device", "meta"], 2, "device='meta' is unknown; choose auto, cpu, cuda"),
-        (["--without", "vae"], 1, "without vae; a latent_unet runs without nothing"),
+        (["--without", "vae"], 1, "without vae; SD3 alone runs without some of"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_placed_so_is_told_in_one_line(

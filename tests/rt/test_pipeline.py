@@ -155,6 +155,16 @@ def test_callback_sees_every_step_and_can_cancel(tiny_pipeline):
             tiny_pipeline(PROMPT, callback_on_step_end=lambda step, *_, kind=kind: kind(step < 1))
 
 
+def test_what_a_callback_writes_to_its_latents_changes_no_picture(tiny_pipeline, saved):
+    def spoil(step, total, latents):
+        latents[:] = 0
+
+    for pipeline in (tiny_pipeline, tintype.load(saved("sd1")), tintype.load(saved("unclip"))):
+        settings = {"seed": 3, "num_inference_steps": 2, "output_type": "latent"}
+        spoiled = pipeline(PROMPT, callback_on_step_end=spoil, **settings).images
+        np.testing.assert_array_equal(spoiled, pipeline(PROMPT, **settings).images)
+
+
 @pytest.mark.parametrize("where", ["callback_on_step_end", "guidance_scale"])
 @pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
 def test_what_a_callers_own_function_raises_reaches_the_caller(tiny_pipeline, where, kind):

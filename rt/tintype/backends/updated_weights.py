@@ -78,8 +78,8 @@ def _changes(
     model = Updatable(bundle.folder, bundle.family, tuple(stored), lambda name: shapes[name])
     pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
     for lora in loras:
-        for component, piece in _pieces(fitted(model, lora)):
-            pieces[component, layer_of(piece.target)].append(piece)
+        for piece in _pieces(fitted(model, lora)):
+            pieces[piece.component, layer_of(piece.target)].append(piece)
     if largest_code < LARGEST_CODE:
         for component, tensors in stored.items():
             for layer in _multiplying_codes(tensors):
@@ -131,17 +131,18 @@ class _Piece(NamedTuple):
     """What one file adds to one layer; ``parts`` are down, up and perhaps alpha."""
 
     updates: Updates
+    component: str
     target: Target
     parts: Mapping[str, Stored]
 
 
-def _pieces(updates: Updates) -> Iterator[tuple[str, _Piece]]:
-    """What a file adds, by component."""
+def _pieces(updates: Updates) -> Iterator[_Piece]:
+    """What a file adds."""
     file = dict(stored_whole(Weights((updates.lora.path,))))
     for component, layers in updates.layers.items():
         for target, keys in layers.items():
             parts = {part: file[key] for part, key in keys.items()}
-            yield component, _Piece(updates, target, parts)
+            yield _Piece(updates, component, target, parts)
 
 
 def _update(piece: _Piece) -> Floats:
@@ -150,7 +151,8 @@ def _update(piece: _Piece) -> Floats:
     down, up = values["down"], values["up"]
     alpha = float(values["alpha"].item()) if "alpha" in values else None
     rows = up.reshape(len(up), -1)[piece.target.rows(len(up))]
-    strength = np.float32(piece.updates.strength(len(down), alpha))
+    scale = piece.updates.strength(piece.component, piece.target, len(down), alpha)
+    strength = np.float32(scale)
     update: Floats = strength * (rows @ down.reshape(len(down), -1))
     return update
 

@@ -63,11 +63,11 @@ class Checkpoint:
         possible = [name for name in self.components if name.startswith("text_encoder")]
         refused = [name for name in encoders if name not in possible or self.family != "sd3"]
         if refused or len(set(encoders)) == len(possible):
-            named = ", ".join(possible) if self.family == "sd3" else "nothing"
-            raise CheckpointError(
-                f"{self.source} cannot be loaded without {', '.join(refused or encoders)}; "
-                f"a {self.family} runs without {named}{', but not all of them' * (not refused)}"
-            )
+            told = "SD3 alone runs without some of its encoders"
+            if self.family == "sd3":
+                told = f"SD3 runs without {', '.join(possible)}{', but not all of them' * (not refused)}"
+            named = ", ".join(refused or encoders)
+            raise CheckpointError(f"{self.source} cannot be loaded without {named}; {told}")
         kept = [name for name in possible if name not in encoders]
         folders = dict(zip(possible, self.tokenizer_folders, strict=True))
         stages = [encoder_stage(name) for name in possible if name in encoders]

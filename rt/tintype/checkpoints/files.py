@@ -126,7 +126,7 @@ def scale_of(key: str) -> str:
 
 def is_scale(key: str) -> bool:
     """Whether a key holds no parameter but what belongs to weights in 8 bits."""
-    return key.endswith((f".{_SCALE}", ".scale_input")) or key == "scaled_fp8"
+    return key.endswith((f".{_SCALE}", ".scale_input")) or key.rpartition(".")[2] == "scaled_fp8"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def read_header(path: Path) -> tuple[Mapping[str, Any], int]:
                 raise _unreadable(path, "its header is cut off")
             header = json.loads(file.read(length))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; download the checkpoint again") from error
+        raise CheckpointError(f"{path} is missing; check its name, or download it again") from error
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     if not isinstance(header, dict):

@@ -44,16 +44,14 @@ def merge(updates: Iterable[Updates], component: str, module: nn.Module) -> None
             for target, keys in each.layers.get(component, {}).items():
                 tensors = {part: file.get_tensor(key) for part, key in keys.items()}
                 layer: Any = module.get_submodule(layer_of(target))
-                update = _update(each, tensors, target, layer.weight)
+                alpha = float(tensors["alpha"]) if "alpha" in tensors else None
+                strength = each.strength(component, target, len(tensors["down"]), alpha)
+                update = strength * _product(tensors, target, layer.weight)
                 layer.weight = nn.Parameter((layer.weight.float() + update).to(layer.weight.dtype))
 
 
-def _update(
-    updates: Updates, tensors: Mapping[str, Tensor], target: Target, weight: Tensor
-) -> Tensor:
-    """strength * up @ down, of the weight's shape; ranks are down's rows."""
+def _product(tensors: Mapping[str, Tensor], target: Target, weight: Tensor) -> Tensor:
+    """up @ down, of the weight's shape."""
     down = tensors["down"].to(weight.device, torch.float32)
     up = cut(tensors["up"], target, torch.float32, weight.device)
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else None
-    product = up.flatten(1) @ down.flatten(1)
-    return updates.strength(len(down), alpha) * product.view(weight.shape)
+    return (up.flatten(1) @ down.flatten(1)).view(weight.shape)

@@ -1,7 +1,8 @@
 """Files of low-rank updates (Hu et al. 2021, arXiv 2106.09685): kohya's, ComfyUI's, diffusers', PEFT's; without torch.
 
-A layer's weight W becomes W + scale * alpha / rank * up @ down. Every key of a file must find its layer. Of a layer of
-the original layout that is several of ours, each takes its rows of `up`; `down` is theirs together.
+A layer's weight W becomes W + scale * alpha / rank * up @ down; where a file asks for it, alpha / sqrt(rank)
+(Kalajdzievski 2023, arXiv 2312.03732). Every key of a file must find its layer. Of a layer of the original layout that
+is several of ours, each takes its rows of `up`; `down` is theirs together.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import isfinite, prod
+from math import isfinite, prod, sqrt
 from pathlib import Path
+from typing import Any
 
 from tintype.checkpoints.files import (
     Target,
     Translate,
     check_pickle,
+    read_header,
+    read_json,
     safetensors_shapes,
     same_name,
 )
@@ -34,6 +38,10 @@ _DIFFUSERS = re.compile(
     r"(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up|lora_linear_layer\.down|lora_linear_layer\.up|alpha)"
     r"(?:\.default)?(?:\.weight)?"
 )
+# The components that a key can name.
+_COMPONENTS = ("unet", "transformer", "prior", "decoder", "text_encoder", "text_encoder_2")
+# What PEFT knew of an adapter, as diffusers notes it in a file's header: an object, its keys behind a component's name.
+_METADATA = "lora_adapter_metadata"
 _KOHYA_COMPONENTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 _DOWN = ("lora_down.weight", "lora_down", "lora_A", "lora.down", "down", "lora_linear_layer.down")
 # Before the names in files that hold what is updated alone: PEFT's and ComfyUI's.
@@ -116,38 +124,89 @@ def _count(blocks: str, names: Iterable[str]) -> int:
 
 
 @dataclass(frozen=True)
+class _Adapter:
+    """What PEFT noted of a component's updates: an alpha, others for layers whose names end as a pattern says, and
+    whether ranks count by their roots."""
+
+    alpha: float | None = None
+    alphas: tuple[tuple[re.Pattern[str], float], ...] = ()
+    rank_stabilised: bool = False
+
+    @classmethod
+    def read(cls, path: Path, noted: Mapping[str, Any]) -> _Adapter:
+        """From PEFT's own fields; CheckpointError where they are none."""
+        alpha, others = noted.get("lora_alpha"), noted.get("alpha_pattern") or {}
+        try:
+            patterns = tuple(
+                (re.compile(rf"(.*\.)?({pattern})"), float(each))
+                for pattern, each in others.items()
+            )
+            return cls(
+                None if alpha is None else float(alpha), patterns, bool(noted.get("use_rslora"))
+            )
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise CheckpointError(
+                f"{path}: what it says of lora_alpha and alpha_pattern is malformed: {error}"
+            ) from error
+
+    def alpha_of(self, layer: str) -> float | None:
+        """The alpha of a layer, if any is known."""
+        return next((each for pattern, each in self.alphas if pattern.fullmatch(layer)), self.alpha)
+
+
+@dataclass(frozen=True)
 class Updates:
     """A file that was found to fit a model: component -> our weight, as a piece of the file's -> part -> key."""
 
     lora: Lora
     layers: Mapping[str, Mapping[Target, Mapping[str, str]]]
+    adapters: Mapping[str, _Adapter]
 
-    def strength(self, rank: int, alpha: float | None) -> float:
+    def strength(self, component: str, target: Target, rank: int, alpha: float | None) -> float:
         """What a product of this rank is multiplied by; ``alpha`` is what the file says at the layer, if anything."""
-        known = self._adapter_alpha if alpha is None else alpha
-        return self.lora.scale * (1.0 if known is None else known / rank)
-
-    @cached_property
-    def _adapter_alpha(self) -> float | None:
-        """What PEFT writes beside its file, where a file has no alphas of its own."""
-        config = self.lora.path.parent / "adapter_config.json"
-        if self.lora.path.stem != "adapter_model" or not config.is_file():
-            return None
-        alpha = json.loads(config.read_text(encoding="utf-8")).get("lora_alpha")
-        return None if alpha is None else float(alpha)
+        adapter = self.adapters.get(component, _Adapter())
+        known = adapter.alpha_of(layer_of(target)) if alpha is None else alpha
+        if known is None:
+            return self.lora.scale
+        return self.lora.scale * known / (sqrt(rank) if adapter.rank_stabilised else rank)
 
 
 def fitted(model: Updatable, lora: Lora) -> Updates:
     """Raises CheckpointError for a key that finds no layer of the model, or a shape that does not fit it."""
     check_pickle(lora.path, allow_pickle=False)
     stored = safetensors_shapes(lora.path)
+    if not stored:
+        raise CheckpointError(f"{lora.path} holds no updates")
     layers = _layers(model, lora.path, stored)
     for component, found in layers.items():
         for target, keys in found.items():
             shapes = {part: stored[key] for part, key in keys.items()}
             shapes["up"] = target.shape(shapes["up"])
             _check_shapes(lora.path, model.shapes(component)[layer_of(target)], shapes)
-    return Updates(lora, layers)
+    return Updates(lora, layers, _adapters(lora.path, layers))
+
+
+def _adapters(path: Path, components: Iterable[str]) -> dict[str, _Adapter]:
+    """What was noted of each component's updates, in the header or, by PEFT itself, beside the file."""
+    header, _ = read_header(path)
+    text = header.get("__metadata__", {}).get(_METADATA)
+    beside = path.parent / "adapter_config.json"
+    if text is None:
+        if path.stem != "adapter_model" or not beside.is_file():
+            return {}
+        own = _Adapter.read(beside, read_json(beside))
+        return dict.fromkeys(components, own)
+    try:
+        noted = json.loads(text)
+        items = [(*key.split(".", 1), value) for key, value in noted.items() if "." in key]
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its {_METADATA} is no JSON object") from error
+    return {
+        component: _Adapter.read(
+            path, {name: each for owner, name, each in items if owner == component}
+        )
+        for component in components
+    }
 
 
 def _layers(
@@ -179,7 +238,7 @@ def _layers(
         raise CheckpointError(
             f"{path} does not fit {model.source}: no layer here for {', '.join(wrong[:_NAMED])}"
             f"{f' and {len(wrong) - _NAMED} more' if len(wrong) > _NAMED else ''}; possible are low-rank updates "
-            f"of linear layers and convolutions of {', '.join(model.components)}"
+            f"of linear layers and convolutions of {', '.join(n for n in model.components if n in _COMPONENTS)}"
         )
     return found
 
@@ -205,7 +264,10 @@ def _half(part: str) -> str:
 
 def _targets(place: _Place, names: Mapping[str, str], model: Updatable) -> tuple[Target, ...]:
     """Our weights that the layer is, by our name of it or by the original layout's; none where there is none."""
-    own = names.get(place.layer.replace(".", "_"))
+    flat = place.layer.replace(".", "_")
+    # transformers has named a text encoder's layers without its first word since its version 5.
+    known = (names.get(each) for each in (flat, f"text_model_{flat}"))
+    own = next((name for name in known if name is not None), None)
     if own is not None:
         return (Target(f"{own}.weight"),)
     if place.component is not None:
@@ -236,6 +298,8 @@ def _check_shapes(
         raise CheckpointError(
             f"{path}: an alpha has shape {list(shapes['alpha'])}, expected one number"
         )
+    if 0 in down[:1]:
+        raise CheckpointError(f"{path}: an update has rank 0, and so says nothing")
     if (
         min(len(down), len(up)) < 2
         or up[0] != outputs

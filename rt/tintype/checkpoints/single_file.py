@@ -71,6 +71,7 @@ class _Kind:
     scheduler: str
     sample_size: int
     scaling_factor: float = 0.18215
+    force_upcast: bool = False  # whether the published autoencoder overflows float16
 
 
 _KINDS = (
@@ -91,6 +92,7 @@ _KINDS = (
         "EulerDiscreteScheduler",
         128,
         0.13025,
+        force_upcast=True,
     ),
 )
 
@@ -198,6 +200,7 @@ def _components(
         sample_size=8 * sample_size,
         scaling_factor=kind.scaling_factor,
     )
+    vae |= {"force_upcast": kind.force_upcast}
     unet_names = partial(unet_key, layers=unet["layers_per_block"])
     vae_names = partial(vae_key, levels=len(vae["block_out_channels"]))
     return {

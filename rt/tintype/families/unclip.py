@@ -306,7 +306,7 @@ class Unclip:
 
     def _prior_leg(self, request: ImageRequest) -> _Leg:
         cascade = _cascade(request)
-        table = _own_table(self.defaults["prior_scheduler"], cascade.prior_steps)
+        table = self._own_table("prior", cascade.prior_steps)
         guidance = Guidance(scales(cascade.prior_guidance, len(table), 0))
         shape = (int(self.defaults["embedding_width"]),)
         return _Leg("prior", shape, table, guidance, ("prior",) * len(table))
@@ -318,9 +318,16 @@ class Unclip:
         shape = self.latent_shape(request.width, request.height)
         return _Leg("picture", shape, table, guidance, ("denoise",) * len(table))
 
+    def _own_table(self, walk: str, steps: int) -> Table:
+        """The table of a walk whose method is the checkpoint's alone."""
+        config = self.defaults[f"{walk}_scheduler"]
+        try:
+            return make_table(default_name(config), config, steps)
+        except RequestError as error:
+            raise RequestError(f"{walk}_{error}") from error
+
     def _enlarging_leg(self, request: ImageRequest) -> _Leg:
-        steps = _cascade(request).enlarging_steps
-        table = _own_table(self.defaults["super_res_scheduler"], steps)
+        table = self._own_table("super_res", _cascade(request).enlarging_steps)
         models = ("enlarge",) * (len(table) - 1) + ("enlarge_last",)
         guidance = Guidance(scales(_UNGUIDED, len(table), 0))
         shape = (int(self.defaults["latent_channels"]), request.height, request.width)
@@ -340,10 +347,6 @@ def _cascade(request: ImageRequest) -> Cascade:
 def _profile(request: ImageRequest) -> str:
     """Of what is run for one picture at a time."""
     return Profile(request.width, request.height, 1).name
-
-
-def _own_table(config: Mapping[str, Any], steps: int) -> Table:
-    return make_table(default_name(config), config, steps)
 
 
 def _told(texts: Sequence[Conditioning]) -> Told:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import original_flow_layout
@@ -213,6 +215,84 @@ def test_peft_says_its_alpha_beside_the_file(saved, tmp_path):
     assert relative_error((after - before).detach(), 6 / RANK * up @ down) < 1e-4
 
 
+ADAPTERS = {
+    "another alpha": {"lora_alpha": 12},
+    "ranks by their roots": {"lora_alpha": 6, "use_rslora": True},
+    "alphas by pattern": {"lora_alpha": 6, "alpha_pattern": {"to_k": 1, "mid_block.*to_v": 9}},
+    "ranks by pattern": {"lora_alpha": 6, "rank_pattern": {"to_q": 2}, "use_rslora": True},
+}
+
+
+def adapted_by_peft(folder, settings):
+    """diffusers' pipeline with an adapter of random numbers on its UNet's attention."""
+    pipe = small_checkpoints.PIPELINES["sd1"].from_pretrained(folder)
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False, **settings)
+    pipe.unet.add_adapter(config)
+    return pipe
+
+
+def merged_by_peft(unet):
+    """Our names of attention's weights -> what they are with the adapter merged."""
+    unet.fuse_lora()
+    return {
+        name.replace(".base_layer", ""): weight.detach().clone()
+        for name, weight in unet.named_parameters()
+        if ".to_" in name and "lora" not in name
+    }
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("layout", ["in diffusers' header", "beside PEFT's file"])
+def test_what_peft_noted_of_an_adapter_is_its_strength(saved, tmp_path, settings, layout):
+    folder = saved("sd1")
+    theirs = adapted_by_peft(folder, settings)
+    layers = get_peft_model_state_dict(theirs.unet)
+    if layout == "beside PEFT's file":
+        path = tmp_path / "adapter_model.safetensors"
+        save_file({f"base_model.model.{k}": t.contiguous() for k, t in layers.items()}, path)
+        theirs.unet.peft_config["default"].save_pretrained(tmp_path)
+    else:
+        noted = _collate_lora_metadata({"unet": theirs.unet})
+        theirs.save_lora_weights(tmp_path, unet_lora_layers=layers, **noted)
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+    expected = merged_by_peft(theirs.unet)
+    ours = open_checkpoint(folder).with_loras([Lora(path)]).component("unet").state_dict()
+    for name, weight in expected.items():
+        assert relative_error(ours[name], weight) < MODULE_FP32, name
+
+
+@pytest.mark.parametrize(
+    "noted", ["[]", "{", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": {"(": 1}}']
+)
+def test_notes_of_an_adapter_that_make_no_sense_are_told(saved, tmp_path, noted):
+    layer, path = LAYERS["unet"][0], tmp_path / "style.safetensors"
+    down, up = updates(open_checkpoint(saved("sd1")))["unet"][layer]
+    tensors = {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
+    save_file(tensors, path, metadata={"lora_adapter_metadata": noted})
+    with pytest.raises(CheckpointError, match=r"is no JSON object|is malformed"):
+        open_checkpoint(saved("sd1")).with_loras([Lora(path)])
+
+
+def test_a_text_encoders_layers_are_found_as_transformers_5_names_them(saved, tmp_path):
+    checkpoint, path = open_checkpoint(saved("sd1")), tmp_path / "style.safetensors"
+    layer = LAYERS["text_encoder"][0]
+    tensors = peft({"text_encoder": updates(checkpoint)["text_encoder"]})
+    save_file({key.replace("text_model.", ""): each for key, each in tensors.items()}, path)
+    down, up = updates(checkpoint)["text_encoder"][layer]
+    before = checkpoint.component("text_encoder").get_submodule(layer).weight
+    updated = checkpoint.with_loras([Lora(path)]).component("text_encoder")
+    difference = (updated.get_submodule(layer).weight - before).detach()
+    assert relative_error(difference, up @ down) < 1e-4
+
+
+def test_a_file_without_updates_is_refused(saved, tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(CheckpointError, match="holds no updates"):
+        open_checkpoint(saved("sd1")).with_loras([Lora(tmp_path / "empty.safetensors")])
+
+
 def test_keys_without_a_layer_here_are_named(saved, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"lora_unet_nowhere_to_q.lora_down.weight": torch.zeros(2, 2)}, path)
@@ -239,6 +319,7 @@ def test_an_update_of_another_shape_is_refused(saved, tmp_path):
     [
         ("lora_A.weight", torch.tensor(1.0), "it was made for another model"),
         ("alpha", torch.ones(3), r"an alpha has shape \[3\]"),
+        ("lora_A.weight", torch.zeros(0, 64), "has rank 0"),
     ],
 )
 def test_a_malformed_part_of_an_update_is_named(saved, tmp_path, part, tensor, message):

@@ -246,6 +246,14 @@ def test_a_tensor_without_its_dimensions_is_told(write: Write, name: str) -> Non
         open_checkpoint(write("sd1", {f"model.diffusion_model.{name}": torch.zeros(())}))
 
 
+@pytest.mark.parametrize(("kind", "overflows"), [("sd1", False), ("sdxl", True)])
+def test_the_autoencoder_of_xl_is_known_to_overflow_float16(
+    write: Write, kind: str, overflows: bool
+) -> None:
+    """As its published configuration says; a decoder that is told computes once, and not again in float32."""
+    assert open_checkpoint(write(kind)).configs["vae"]["force_upcast"] is overflows
+
+
 def test_a_scheduler_beside_the_file_decides(write: Write) -> None:
     path = write("sd2")
     own = path.parent / "scheduler" / "scheduler_config.json"

@@ -283,7 +283,8 @@ def test_narrow_types_are_widened_to_the_very_values(write: Write, stored: torch
     assert [key for key in ours if not torch.equal(ours[key], expected[key])] == []
 
 
-def test_scaled_fp8_is_multiplied_by_its_scales(write: Write) -> None:
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_scaled_fp8_is_multiplied_by_its_scales(write: Write, prefix: str) -> None:
     tensors, stored, expected = whole("flux-dev"), {}, {}
     for number, (key, value) in enumerate(tensors.items()):
         stored[key], expected[key] = value, value
@@ -292,7 +293,7 @@ def test_scaled_fp8_is_multiplied_by_its_scales(write: Write) -> None:
             stored[key] = (value / scale).to(torch.float8_e4m3fn)
             stored[f"{key.removesuffix('weight')}scale_weight"] = scale
             expected[key] = stored[key].float() * scale
-    stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    stored[f"{prefix}scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     ours = open_checkpoint(write("flux-dev", stored)).component("transformer").state_dict()
     wanted = transformer_by_diffusers("flux-dev", expected)
     assert [key for key in ours if not torch.equal(ours[key], wanted[key])] == []

@@ -112,7 +112,12 @@ def test_sizes_come_in_multiples_of_the_patches(saved: Any) -> None:
     [
         ("sd3", {"true_cfg_scale": 2.0}, "true_cfg_scale=2.0"),
         ("flux-dev", {"guidance_scale": [1.0, 2.0], "num_inference_steps": 2}, "one number"),
-        ("flux-dev", {"true_cfg_scale": float("nan")}, "nan"),
+        ("flux-dev", {"true_cfg_scale": float("nan"), "negative_prompt": ""}, "nan"),
+        (
+            "flux-dev",
+            {"true_cfg_scale": 4.0},
+            "true_cfg_scale=4.0 extrapolates from a negative_prompt",
+        ),
     ],
 )
 def test_guidance_that_a_model_has_no_use_for_is_refused(
@@ -174,8 +179,8 @@ def test_an_encoder_that_the_model_never_had_says_nothing(saved: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "without", "message"),
     [
-        ("flux-dev", ["text_encoder_2"], "without text_encoder_2; a flux runs without nothing"),
-        ("sd3", ["vae"], "without vae; a sd3 runs without text_encoder, text_encoder_2"),
+        ("flux-dev", ["text_encoder_2"], "without text_encoder_2; SD3 alone runs without some"),
+        ("sd3", ["vae"], "without vae; SD3 runs without text_encoder, text_encoder_2"),
         (
             "sd3",
             ["text_encoder", "text_encoder_2", "text_encoder_3"],

@@ -397,7 +397,10 @@ def test_steps_of_all_stages_are_counted_and_can_be_cancelled(folder: Path) -> N
         ({"prior_num_inference_steps": 0}, RequestError, "prior_num_inference_steps=0"),
         ({"super_res_num_inference_steps": 1.5}, RequestError, "super_res_num_inference_steps=1.5"),
         ({"prior_guidance_scale": "much"}, RequestError, "much"),
-        ({"prior_guidance_scale": [1.0]}, RequestError, r"prior_guidance_scale=.*1.0.* is not a number"),
+        ({"prior_guidance_scale": [1.0, 2.0]}, RequestError, r"prior_guidance_scale=.*1.0.* is not a finite"),
+        ({"prior_guidance_scale": float("nan")}, RequestError, "prior_guidance_scale=nan is not a finite"),
+        ({"prior_num_inference_steps": 1001}, RequestError, "prior_num_inference_steps=1001 is outside"),
+        ({"super_res_num_inference_steps": 1001}, RequestError, "super_res_num_inference_steps=1001 is out"),
         ({"scheduler": "flow_euler"}, RequestError, "does not sample a diffusion model"),
     ],
 )  # fmt: skip
