@@ -1,7 +1,7 @@
 """Linear multistep: Adams and Bashforth's method on uneven sigmas (k-diffusion's LMS, order 4).
 
-An edit begins with no derivatives, so at the first order, as sampling from noise does. diffusers' own begins an edit at the
-order of the step that it stands at, with weights for derivatives that there are not; this does not.
+An edit begins with no derivatives, so at the first order, as sampling from noise does. diffusers' own begins an edit
+at the order of the step that it stands at, with weights for derivatives that there are not; this does not.
 """
 
 from __future__ import annotations
