@@ -21,13 +21,13 @@ from tintype.backends.torch import made_safe, overflows
 from tintype.bundle import FAMILIES, Bundle, describe, save_manifest
 from tintype.checkpoints import Checkpoint, open_checkpoint
 from tintype.checkpoints.lora_files import Lora
-from tintype.errors import CheckpointError, RequestError
+from tintype.errors import CheckpointError
 from tintype.models.stage import Stage
 from tintype.models.stages import DecodeStage, build_stage, stage_component
-from tintype.request import whole_number
 from tintype.steps import STEPS
 
 from .calibration import Calibration
+from .checks import check_steps, check_target
 from .durations import in_words, last_seconds, remember
 from .gates import part_gates
 from .graphs import StoredTensor, point_to_weights, save, trace
@@ -39,7 +39,7 @@ from .quantisation import Quantised, plan
 from .report import BUDGETS
 from .sensitivity import suspects
 from .storage import Precision, Store, precision, store_weights, stored_bytes, weight_bytes
-from .tensorrt import build_engines, check_gpus
+from .tensorrt import build_engines
 from .verify import budget_of, require, verify
 from .writing import gigabytes, require_room, written_whole
 
@@ -112,7 +112,8 @@ def export_bundle(
             f"{source} is a {checkpoint.family}; export writes {', '.join(FAMILIES)}; run it with backend='torch'"
         )
     check_sizes(checkpoint, config.sizes)
-    _check_target(config)
+    check_target(config)
+    check_steps(checkpoint, config)
     kind = _kind(checkpoint, config)
     _estimate(checkpoint, target, config, last_seconds(kind), say)
     began = time.perf_counter()
@@ -194,17 +195,6 @@ def _merged(checkpoint: Checkpoint, config: ExportConfig, target: Path) -> Itera
         return
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.merged-") as folder:
         yield merged(checkpoint, config.loras, Path(folder))
-
-
-def _check_target(config: ExportConfig) -> None:
-    for count in config.batches:
-        whole_number("batch", count, least=1)
-    if config.target == "tensorrt":
-        check_gpus(config.gpus, config.kernels)
-    elif config.kernels:
-        raise RequestError("--kernels are for engines; ask for them with --target tensorrt")
-    if config.kernels and config.weightless:
-        raise RequestError("--kernels and --weightless do not go together yet; leave one out")
 
 
 def quantisation(checkpoint: Checkpoint, config: ExportConfig, say: Say) -> dict[str, Quantised]:

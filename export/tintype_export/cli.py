@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tintype.models.quantised import GROUPS
 
 from .bundle import ExportConfig, export_bundle
 from .calibration import PROMPTS, Calibration
+from .checks import MOST_PICTURES
 from .storage import PRECISIONS
 
 
@@ -36,7 +38,12 @@ def register(subparsers: Any) -> None:
         help="picture sizes; the model's own by default",
     )
     parser.add_argument(
-        "--batch", type=_count, nargs="+", default=[1], metavar="N", help="pictures of one call"
+        "--batch",
+        type=_count,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help=f"pictures of one call, at most {MOST_PICTURES}",
     )
     parser.add_argument(
         "--plain",
@@ -75,8 +82,7 @@ def register(subparsers: Any) -> None:
         "--group",
         type=int,
         choices=GROUPS,
-        default=64,
-        help="weights of int4 that share a scale",
+        help=f"weights of int4 that share a scale; {ExportConfig.group} by default",
     )
     parser.add_argument(
         "--calibration-prompts",
@@ -86,10 +92,10 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--calibration-steps",
-        type=int,
-        default=Calibration.steps,
+        type=partial(_count, least=0),
         metavar="N",
-        help="steps of each calibration prompt; 0 rounds the weights alone, without calibration",
+        help=f"steps of each calibration prompt, {Calibration.steps} by default; 0 rounds the weights alone, "
+        "without calibration",
     )
     parser.add_argument("--steps", type=_count, help="steps of a request that names none")
     parser.add_argument("--guidance", type=_finite, help="guidance of a request that names none")
@@ -98,9 +104,9 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return int(text)
 
 
@@ -120,6 +126,7 @@ def run(options: argparse.Namespace) -> None:
     from tintype.checkpoints.lora_files import Lora
     from tintype.loading import resolve
 
+    _check_codes(options)
     source = resolve(options.model)
     checkpoint = open_checkpoint(source)
     defaults, cascade = checkpoint.defaults, cascade_of(options)
@@ -143,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
         tolerance_db=options.tolerance,
         defaults={name: value for name, value in asked.items() if value is not None},
         calibration=_calibration(options.calibration_prompts, options.calibration_steps),
-        group=options.group,
+        group=ExportConfig.group if options.group is None else options.group,
     )
     bundle = export_bundle(
         source, options.output, config, lambda line: print(line, file=sys.stderr)
@@ -151,10 +158,28 @@ def run(options: argparse.Namespace) -> None:
     print(bundle)
 
 
-def _calibration(file: Path | None, steps: int) -> Calibration | None:
+def _check_codes(options: argparse.Namespace) -> None:
+    """Refuse what is for weights in codes where none are kept so."""
+    coded = [name for name, each in PRECISIONS.items() if each.quantised]
+    wants = {"--calibration-prompts": coded, "--calibration-steps": coded, "--group": ["int4"]}
+    for flag, precisions in wants.items():
+        given = getattr(options, flag.strip("-").replace("-", "_")) is not None
+        if given and options.precision not in precisions:
+            raise RequestError(
+                f"{flag} is for weights in {', '.join(precisions)}, and --precision is {options.precision}; choose one "
+                f"of those, or leave {flag} out"
+            )
+
+
+def _calibration(file: Path | None, steps: int | None) -> Calibration | None:
     """What to calibrate with, or None for nothing."""
-    if steps < 1:
+    if steps == 0:
+        if file is not None:
+            raise RequestError(
+                f"--calibration-prompts {file} calibrate nothing with 0 for --calibration-steps; leave one of them out"
+            )
         return None
+    steps = Calibration.steps if steps is None else steps
     if file is None:
         return Calibration(PROMPTS, steps)
     try:

@@ -97,10 +97,19 @@ def _stage_reports(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Iter
             for profile, relative in bundle.stages[stage].items():
                 engine = bundle_pipeline(bundle, backend).family.backend
                 inputs = example_inputs(checkpoint, names, stage, profile, seed=1)
-                found = _difference(
-                    engine.run(stage, profile, inputs), reference.run(stage, profile, inputs)
-                )
+                actual = engine.run(stage, profile, inputs)
+                expected = reference.run(stage, profile, inputs)
+                if (given := _shapes(actual)) != (wanted := _shapes(expected)):
+                    raise RequestError(
+                        f"{checkpoint.source} is not what {bundle.folder} was exported from: stage {stage} at "
+                        f"{profile} gives {wanted}, and the bundle's {given}; name the checkpoint that it came from"
+                    )
+                found = _difference(actual, expected)
                 yield StageReport(stage, profile, _computes(bundle, relative), **found)
+
+
+def _shapes(outputs: Arrays) -> str:
+    return ", ".join(f"{name} {list(outputs[name].shape)}" for name in sorted(outputs))
 
 
 def _difference(actual: Arrays, expected: Arrays) -> dict[str, Any]:

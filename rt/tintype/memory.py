@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
@@ -150,10 +151,20 @@ def predict(
 
 def _blank(pipeline: Pipeline, width: int | None, height: int | None) -> dict[str, Any]:
     """The picture, and the mask, that a model does not go without."""
-    size = pipeline.settings(width=width, height=height)
+    if not pipeline.family.needs:
+        return {}
+    own, asked = pipeline.settings(), pipeline.settings(width=width, height=height)
+    # Of any size they would be made before it is checked: have it checked for a request that has small ones.
+    call = pipeline.prepare("", num_inference_steps=1, **_pictures(pipeline, own))
+    sides = {side: asked[side] for side in ("width", "height")}
+    pipeline.family.check(replace(call.requests[0], **sides))
+    return _pictures(pipeline, asked)
+
+
+def _pictures(pipeline: Pipeline, size: Mapping[str, Any]) -> dict[str, Any]:
+    channels = {"image": (3,), "mask_image": ()}
     shape = size["height"], size["width"]
-    blank = {"image": np.zeros((*shape, 3)), "mask_image": np.ones(shape)}
-    return {name: blank[name] for name in pipeline.family.needs}
+    return {name: np.ones((*shape, *channels[name])) for name in pipeline.family.needs}
 
 
 def _bytes(module: nn.Module) -> int:

@@ -16,10 +16,12 @@ from small_checkpoints import save, save_smallest
 from tintype.backends.graphs import read_graph
 from tintype.backends.remembering import parted
 from tintype.bundle import describe, open_bundle
-from tintype.cli import main
-from tintype.errors import BundleError, CheckpointError, ProfileError
+from tintype.cli import BAD_USAGE, main
+from tintype.errors import BundleError, CheckpointError, ProfileError, RequestError
 from tintype_export import bundle as exporting
+from tintype_export import cli
 from tintype_export.bundle import ExportConfig, export_bundle
+from tintype_export.calibration import Calibration
 from tolerances import STAGE_FP32, relative_error
 
 SIZE = (64, 64)
@@ -158,6 +160,66 @@ def test_a_family_without_graphs_is_refused_with_what_runs_it(tmp_path, monkeypa
     monkeypatch.setattr(exporting, "open_checkpoint", lambda folder: flow)
     with pytest.raises(CheckpointError, match="is a latent_flow; .* backend='torch'"):
         export_bundle(source, tmp_path / "bundle", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gpus": ("sm_89",)}, "--gpu: for engines"),
+        ({"plain": True}, "--plain: for engines"),
+        ({"weightless": True}, "--weightless: for engines"),
+        ({"gpus": ("sm_89",), "plain": True}, "--gpu, --plain: for engines"),
+        ({"batches": (1, 99_999_999)}, "batch=99999999 .* at most 1024"),
+        ({"defaults": {"num_inference_steps": 5000}}, r"num_inference_steps=5000 .* 1\.\.1000"),
+        ({"precision": "int8", "calibration": Calibration(steps=5000)}, r"steps=5000 .* 1\.\.1000"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_or_no_bundle_can_do_is_refused_before_any_work(
+    tmp_path, monkeypatch, changes, says
+):
+    monkeypatch.setattr(exporting, "_estimate", lambda *_: pytest.fail("work has begun"))
+    source = save_smallest(tmp_path / "checkpoint")
+    config = replace(ExportConfig(((16, 16),)), **changes)
+    with pytest.raises(RequestError, match=says) as raised:
+        export_bundle(source, tmp_path / "bundle", config)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--calibration-steps 4", "--calibration-steps is for weights in int8, int4, fp8, and --precision is fp32"),
+        ("--calibration-steps 0", "--calibration-steps is for weights in int8, int4, fp8, and --precision is fp32"),
+        ("--calibration-prompts f --precision fp16", "--calibration-prompts is for weights in int8, int4, fp8, and"),
+        ("--group 64", "--group is for weights in int4, and --precision is"),
+        ("--group 32 --precision int8", "--group is for weights in int4, and --precision is"),
+        ("--calibration-prompts f --calibration-steps 0 --precision int8", "calibrate nothing with 0"),
+        ("--calibration-steps -1 --precision int8", "'-1' is no whole number of at least 0"),
+        ("--steps 5000", "num_inference_steps=5000 is outside 1..1000"),
+        ("--plain", "--plain: for engines"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_bad_usage(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exporting, "_estimate", lambda *_: pytest.fail("work has begun"))
+    target = str(tmp_path / "bundle")
+    assert main(["export", "postcard", "-o", target, *words.split()]) == BAD_USAGE
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "calibration", "group"),
+    [
+        ("--precision int4", Calibration(), 64),
+        ("--precision int4 --calibration-steps 3 --group 32", Calibration(steps=3), 32),
+        ("--precision int8 --calibration-steps 0", None, 64),
+        ("", Calibration(), 64),
+    ],
+)
+def test_options_of_codes_reach_the_export(tmp_path, monkeypatch, words, calibration, group):
+    seen = []
+    monkeypatch.setattr(cli, "export_bundle", lambda *given: seen.append(given[2]))
+    assert main(["export", "postcard", "-o", str(tmp_path / "bundle"), *words.split()]) == 0
+    assert (seen[0].calibration, seen[0].group) == (calibration, group)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_what_no_engine_takes_is_refused_in_one_line(ops, package, error, says):
 def test_kernels_go_with_engines_that_hold_weights_alone(
     tmp_path, monkeypatch, target, weightless, says
 ):
-    monkeypatch.setattr("tintype_export.bundle.check_gpus", lambda *_: None)
+    monkeypatch.setattr("tintype_export.checks.check_gpus", lambda *_: None)
     source = small_checkpoints.save_smallest(tmp_path / "checkpoint")
     config = ExportConfig(
         SIZES, target=target, gpus=("sm_90",), weightless=weightless, kernels=("geglu",)

@@ -191,6 +191,16 @@ def test_the_command_takes_settings_of_a_cascade_and_of_a_cascade_alone(
     assert "prior_num_inference_steps, prior_gu" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [name for name in CASCADE if name.endswith("steps")])
+def test_steps_that_no_request_can_have_are_refused_before_any_work(
+    source, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(exporting, "_estimate", lambda *_: pytest.fail("work has begun"))
+    config = ExportConfig((SIZE,), defaults={name: 5000})
+    with pytest.raises(RequestError, match=rf"{name}=5000 is outside 1\.\.1000"):
+        export_bundle(source, tmp_path / "bundle", config)
+
+
 def test_no_other_size_is_exported(source, tmp_path):
     with pytest.raises(ProfileError, match="64x64: an unCLIP model draws its own, 32x32"):
         export_bundle(source, tmp_path / "bundle", ExportConfig(((64, 64),)))

@@ -65,6 +65,17 @@ def test_a_checkpoint_of_another_model_is_told_in_one_line(tmp_path, capsys, oth
     assert error.count("\n") == 1
 
 
+def test_a_checkpoint_of_other_widths_is_told_by_stage_and_both_shapes(tmp_path, capsys):
+    against = small_checkpoints.save_smallest(tmp_path / "model")
+    capsys.readouterr()
+    assert main(["verify", "postcard", "--against", str(against)]) == BAD_USAGE
+    error = capsys.readouterr().err
+    assert f"{against} is not what {POSTCARD} was exported from: stage encode" in error
+    assert "encoder_hidden_states [1, 77, 192]" in error
+    assert "encoder_hidden_states [1, 77, 64]" in error
+    assert error.count("\n") == 1
+
+
 def test_a_changed_weight_is_found_by_its_stage(tmp_path, capsys):
     """The manifest's hashes are made to fit, as whoever changes a file on purpose would."""
     folder = shutil.copytree(POSTCARD, tmp_path / "bundle")

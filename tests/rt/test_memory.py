@@ -21,9 +21,9 @@ from tintype import memory
 from tintype.backends import slicing
 from tintype.backends.offloading import OFFLOADS
 from tintype.checkpoints import open_checkpoint
-from tintype.cli import main
+from tintype.cli import BAD_USAGE, main
 from tintype.commands import inspect
-from tintype.errors import RequestError
+from tintype.errors import ProfileError, RequestError
 from tintype.steps import STEPS
 from tolerances import MODULE_FP32, relative_error
 
@@ -177,6 +177,27 @@ def test_a_model_that_inpaints_is_told_with_a_picture_and_a_mask(tmp_path: Path)
     measured = allocated(pipeline, tmp_path / "trace.json", **edit) + weights(pipeline)
     assert predicted["peak"] == pytest.approx(measured, rel=0.1)
     assert {"encode_image", "denoise"} <= predicted.keys()
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd_inpainting"])
+def test_a_size_that_no_memory_holds_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    source = small_checkpoints.save(kind, tmp_path / "model")
+    capsys.readouterr()
+    assert main(["inspect", str(source), "--memory", "--size", "999999x999999"]) == BAD_USAGE
+    error = capsys.readouterr().err
+    assert "size 999999x999999 does not fit into memory" in error
+    assert error.count("\n") == 1
+
+
+def test_a_picture_to_be_varied_is_told_of_its_own_size_alone(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(
+        small_unclip_checkpoint.save("unclip_variation", tmp_path / "model")
+    )
+    assert "embed_image" in memory.predict(checkpoint)
+    with pytest.raises(ProfileError, match="size 999999x999999 is not in this model"):
+        memory.predict(checkpoint, width=999999, height=999999)
 
 
 def test_inspect_tells_what_slices_save_where_there_is_no_fused_kernel(

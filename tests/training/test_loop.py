@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,25 +42,86 @@ class _Interrupted(Exception):
     pass
 
 
-def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path):
-    whole = _model()
-    fit(whole, _loss(whole), CONFIG, tmp_path / "whole")
+def _interrupted(folder, at: int) -> None:
+    """A run of ``CONFIG`` that was killed before step ``at``."""
+    model = _model()
+    steps = _loss(model)
 
-    broken = _model()
-    steps = _loss(broken)
-
-    def until_seven(step: int) -> dict[str, torch.Tensor]:
-        if step == 7:
+    def until(step: int) -> dict[str, torch.Tensor]:
+        if step == at:
             raise _Interrupted
         return steps(step)
 
     with pytest.raises(_Interrupted):
-        fit(broken, until_seven, CONFIG, tmp_path / "broken")
-    resumed = _model()
-    fit(resumed, _loss(resumed), CONFIG, tmp_path / "broken")
+        fit(model, until, CONFIG, folder)
+
+
+def _resumed(folder, config: FitConfig = CONFIG) -> nn.Sequential:
+    model = _model()
+    fit(model, _loss(model), config, folder)
+    return model
+
+
+def _logged(folder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path):
+    whole = _model()
+    fit(whole, _loss(whole), CONFIG, tmp_path / "whole")
+
+    _interrupted(tmp_path / "broken", at=7)
+    resumed = _resumed(tmp_path / "broken")
 
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate": 0.02}, "with learning_rate=0.01, and this run asks for learning_rate=0.02;"),
+        (
+            {"ema_decay": 0.9, "weight_decay": 0.1},
+            "with weight_decay=0.01, ema_decay=0.998, and this run asks for weight_decay=0.1, ema_decay=0.9;",
+        ),
+        ({"matrix_rate": None}, "with matrix_rate=0.01, and this run asks for matrix_rate=None;"),
+        ({"seed": 3}, "with seed=0, and this run asks for seed=3;"),
+        ({"steps": 4}, "has already gone 5 steps, and this run asks for 4;"),
+    ],
+)  # fmt: skip
+def test_a_run_is_not_resumed_with_other_settings(tmp_path, changes, said):
+    _interrupted(tmp_path, at=7)
+    with pytest.raises(TintypeError) as raised:
+        _resumed(tmp_path, replace(CONFIG, **changes))
+    assert said in str(raised.value)
+    assert "remove it to begin anew, or name another folder with --out" in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_run_is_resumed_for_more_steps_and_with_other_notes_of_it(tmp_path):
+    _interrupted(tmp_path, at=7)
+    _resumed(tmp_path, replace(CONFIG, steps=14, log_every=2, checkpoint_every=3))
+    assert _logged(tmp_path)[-1] == 14
+
+
+def test_a_state_from_before_a_setting_was_there_is_resumed(tmp_path):
+    _interrupted(tmp_path, at=7)
+    state = torch.load(tmp_path / "state.pt")
+    del state["config"]["clip_norm"]
+    torch.save(state, tmp_path / "state.pt")
+    _resumed(tmp_path)
+    assert _logged(tmp_path)[-1] == 12
+
+
+@pytest.mark.parametrize(("at", "cut"), [(7, ""), (3, ""), (7, '{"step": 8, "sec')])
+def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path, at, cut):
+    """Killed behind its last state, before its first one, and while it wrote a row."""
+    _interrupted(tmp_path, at)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write(cut)
+    _resumed(tmp_path)
+    assert _logged(tmp_path) == list(range(1, 13))
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "wider"])
@@ -90,8 +152,8 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
 def test_the_log_has_a_row_a_step_and_the_loss_falls(tmp_path):
     model = _model()
     fit(model, _loss(model), CONFIG, tmp_path)
+    assert _logged(tmp_path) == list(range(1, 13))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 

@@ -42,15 +42,16 @@ def test_noisy_latents_and_velocity_equal_diffusers(ddpm):
 def test_the_loss_of_a_learned_variance_is_the_divergence_of_two_steps_back(wanted):
     """q and p as Ho et al. 2020 (equations 6 and 7) and Nichol and Dhariwal 2021 (equation 15) write them."""
     shares = NoiseSchedule().alphas_cumprod()
-    time = torch.tensor([0, 1, 400, 999])
+    now = shares[torch.tensor([0, 1, 400, 999])]
+    then = torch.stack([torch.ones(()).double(), *shares[torch.tensor([0, 310, 998])]])
     x0, clean, noisy = (torch.randn(4, 3, 2, 2).double() for _ in range(3))
-    now, before = (shares[at][1:].view(-1, 1, 1, 1) for at in (time, (time - 1).clamp(min=0)))
-    beta = 1 - now / before
-    least = beta * (1 - before) / (1 - now)
+    before, after = (each[1:].view(-1, 1, 1, 1) for each in (now, then))
+    beta = 1 - before / after
+    least = beta * (1 - after) / (1 - before)
 
     def mean(x):
-        kept = (now / before).sqrt() * (1 - before) / (1 - now) * noisy[1:]
-        return before.sqrt() * beta / (1 - now) * x[1:] + kept
+        kept = (before / after).sqrt() * (1 - after) / (1 - before) * noisy[1:]
+        return after.sqrt() * beta / (1 - before) * x[1:] + kept
 
     share = (wanted + 1) / 2
     variance = beta**share * least ** (1 - share)
@@ -58,10 +59,9 @@ def test_the_loss_of_a_learned_variance_is_the_divergence_of_two_steps_back(want
     parts = torch.distributions.kl_divergence(
         step(mean(x0), least.sqrt()), step(mean(clean), variance.sqrt())
     )
-    expected = parts.sum() / x0.numel() / np.log(2)  # the first time counts as nothing
-    asked = (x0, clean, torch.full_like(x0, wanted))
-    found = float(learned_variance_loss(asked, time, shares))
-    assert found == pytest.approx(float(expected), rel=1e-5)
+    expected = parts.sum() / x0.numel() / np.log(2)  # what ends in a picture counts as nothing
+    found = learned_variance_loss((x0, clean, torch.full_like(x0, wanted)), now, then)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_contrastive_loss_is_the_papers_symmetric_cross_entropy():

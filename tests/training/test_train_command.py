@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tintype.cli import BAD_USAGE, FAILED, main
+from tintype.errors import TintypeError
 from tintype.loading import BOX
 from tintype.training import cli
 from tintype.training.postcard import stages, store
@@ -58,6 +62,21 @@ def test_a_damaged_data_set_is_told(data, tmp_path, capsys, damage):
     assert "holds no whole data set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("pictures", "found"),
+    [
+        (np.zeros((4, 64, 64, 3), np.uint8), "uint8 [4, 64, 64, 3]"),
+        (np.zeros((4, 128, 128), np.uint8), "uint8 [4, 128, 128]"),
+        (np.zeros((4, 128, 128, 3), np.float32), "float32 [4, 128, 128, 3]"),
+    ],
+)
+def test_pictures_of_another_shape_or_type_are_told(data, tmp_path, capsys, pictures, found):
+    np.save(data / "pictures.npy", pictures)
+    assert train("judge", data, tmp_path / "out") == FAILED
+    said = f"holds no whole data set (pictures.npy is {found}, expected uint8 [4, 128, 128, 3])"
+    assert said in capsys.readouterr().err
+
+
 def test_pictures_that_were_being_drawn_again_are_not_taken_for_whole(data, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -106,3 +125,45 @@ def test_a_checkpoint_is_taken_over_whole_or_not_at_all(data, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         stages.denoiser(shop)
     assert (shop.model / "model_index.json").is_file()
+
+
+class _Encoding(Exception):
+    """A denoiser's training has come as far as the latents."""
+
+
+@pytest.fixture
+def shop(data, tmp_path, monkeypatch):
+    """Where a denoiser starts from a copy of postcard, and stops at the latents."""
+
+    def encode(*_):
+        raise _Encoding
+
+    monkeypatch.setattr(stages, "encode_all", encode)
+    start = shutil.copytree(BOX / "postcard", tmp_path / "start")
+    few = replace(RECIPES["small"], encoded=4)
+    return stages.Workshop(data, tmp_path / "out", "small", few, start)
+
+
+def test_a_start_is_taken_up_again_by_any_of_its_names_and_without_it(shop, monkeypatch):
+    with pytest.raises(_Encoding):
+        stages.denoiser(shop)
+    monkeypatch.chdir(shop.start.parent)
+    for start in (shop.start, Path("start"), None):
+        with pytest.raises(_Encoding):
+            stages.denoiser(replace(shop, start=start))
+
+
+def test_a_model_that_was_not_begun_from_a_start_is_not_taken_for_it(shop):
+    with pytest.raises(_Encoding):
+        stages.denoiser(shop)
+    other = replace(shop, start=BOX / "postcard")
+    with pytest.raises(
+        TintypeError, match="postcard: .*out/model was begun from .*start; "
+    ) as told:
+        stages.denoiser(other)
+    assert len(str(told.value).splitlines()) == 1
+    (shop.work("denoiser") / "start.txt").unlink()  # as where the stages before made the model
+    with pytest.raises(
+        TintypeError, match="start: .*out/model was begun from no other checkpoint; "
+    ):
+        stages.denoiser(shop)

@@ -113,9 +113,12 @@ class Stepper:
         rows = np.stack([step_row(*numbers) for numbers in each])
         if not self.spreads:
             return rows
-        # Between zero and zero noise is what the table makes it.
-        spread = np.zeros((len(table), 2)) if table.log_spread is None else table.log_spread
-        return np.concatenate([rows, spread.astype(np.float32)], axis=1)
+        # Between zero and zero noise is what the table makes it, and where that is none nothing can overflow.
+        spread = np.zeros((len(table), 2), np.float32)
+        if table.log_spread is not None:
+            noisy = np.array([row.s != 0 for row in table.rows])
+            spread[noisy] = table.log_spread[noisy]
+        return np.concatenate([rows, spread], axis=1)
 
     def _placed(self, told: Told, which: NDArray[np.int64], times: Floats) -> Mapping[str, Any]:
         """What a stage is told at every step, placed once."""

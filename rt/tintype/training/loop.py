@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import time
@@ -22,6 +23,9 @@ from .muon import Muon
 
 # What reading a state meets that is cut off, or that other models and settings left there.
 _UNLIKE = (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError)
+# What may change where a run is resumed: where it runs, what it notes, and its length, which has a rule of its own.
+_FREE = {"device", "log_every", "checkpoint_every", "steps"}
+_MEND = "remove it to begin anew, or name another folder with --out"
 # The loss of a step, made from the step's number alone: a resumed run sees the batches that it would have seen.
 BatchLoss = Callable[[int], dict[str, Tensor]]
 
@@ -80,7 +84,8 @@ def fit(model: nn.Module, batch_loss: BatchLoss, config: FitConfig, folder: Path
     with _alone(folder):
         model.to(config.device).train()
         run = _Run(model, _optimisers(model, config), [p.detach().clone() for p in _trained(model)])
-        run.resume(folder / "state.pt")
+        run.resume(folder / "state.pt", config)
+        _forget_rows(folder / "log.jsonl", run.step)
         while run.step < config.steps:
             started = time.perf_counter()
             losses = batch_loss(run.step)
@@ -152,16 +157,17 @@ class _Run:
         torch.save(state, partial)
         os.replace(partial, path)
 
-    def resume(self, path: Path) -> None:
-        """Take up what ``save`` wrote, where it did."""
+    def resume(self, path: Path, config: FitConfig) -> None:
+        """Take up what ``save`` wrote, where it did, for a run of the same settings."""
         if not path.exists():
             return
         try:
-            self._take_up(torch.load(path, weights_only=True, map_location="cpu"))
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            _check_resumed(path, state, config)
+            self._take_up(state)
         except _UNLIKE as error:
             raise TintypeError(
-                f"{path} is damaged, or the state of another training; remove it to begin anew, or name another "
-                "folder with --out"
+                f"{path} is damaged, or the state of another training; {_MEND}"
             ) from error
 
     def _take_up(self, state: dict[str, Any]) -> None:
@@ -171,6 +177,27 @@ class _Run:
         for mean, saved in zip(self.average, state["average"], strict=True):
             mean.copy_(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _check_resumed(path: Path, state: dict[str, Any], config: FitConfig) -> None:
+    """Refuse other settings, of which optimisers would take some from the state, and a run that ends before it."""
+    asked, begun = asdict(config), dict(state["config"])
+    # A state from before a setting was there says nothing of it.
+    changed = [n for n in asked.keys() & begun.keys() - _FREE if asked[n] != begun[n]]
+    if changed:
+        before, now = (_settings(each, changed) for each in (begun, asked))
+        raise TintypeError(
+            f"{path} was begun with {before}, and this run asks for {now}; ask for the same, {_MEND}"
+        )
+    if config.steps < state["step"]:
+        raise TintypeError(
+            f"{path} has already gone {state['step']} steps, and this run asks for {config.steps}; ask for as many "
+            f"or more, {_MEND}"
+        )
+
+
+def _settings(values: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items() if name in names)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -206,6 +233,26 @@ def _log(folder: Path, step: int, seconds: float, norm: Tensor, losses: dict[str
     row |= {name: round(float(value.detach()), 5) for name, value in losses.items()}
     with (folder / "log.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def _forget_rows(path: Path, step: int) -> None:
+    """Drop what a killed run logged behind its state, which is gone over again."""
+    if not path.exists():
+        return
+    text = path.read_text()
+    kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
+    if kept != text:
+        partial = path.with_suffix(".partial")
+        partial.write_text(kept)
+        os.replace(partial, path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a logged row; past every step where the row was cut as it was written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -51,28 +51,30 @@ def noisy_and_flow(x0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Ten
 
 
 def learned_variance_loss(
-    predicted: tuple[Tensor, Tensor, Tensor], time: Tensor, alphas_cumprod: Tensor
+    predicted: tuple[Tensor, Tensor, Tensor], now: Tensor, then: Tensor
 ) -> Tensor:
-    """Mean over elements, in bits, of KL(q || p) of a step back from `time` [n], above the first.
+    """Mean over elements, in bits, of KL(q || p) of a step from one share of the signal's variance to a larger one.
 
     `predicted` is the clean x0, the model's x0 and, from -1 to 1, how much variance it wants between the least that
-    theory gives and the most. Nichol and Dhariwal, ICML 2021 (arXiv 2102.09672), section 3.1.
+    theory gives and the most; `now`, `then` are float64 [n]. Steps that end in a picture, where `then` is 1, add no
+    noise and count as nothing. Nichol and Dhariwal, ICML 2021 (arXiv 2102.09672), section 3.1.
     """
     x0, clean, wanted = predicted
-    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    beta = 1 - alphas_cumprod / before
-    least = beta * (1 - before) / (1 - alphas_cumprod)
-    above = time.clamp(min=1).to(alphas_cumprod.device)  # the first step back adds no noise
+    counted = then < 1
+    then = then.where(
+        counted, (1 + now) / 2
+    )  # of what does not count, so that logarithms are finite
+    beta = 1 - now / then
+    least = beta * (1 - then) / (1 - now)
     log_least, log_most, weight = (
-        table[above].float().view(-1, 1, 1, 1).to(x0.device)
-        for table in (least.log(), beta.log(), before.sqrt() * beta / (1 - alphas_cumprod))
+        each.float().view(-1, 1, 1, 1).to(x0.device)
+        for each in (least.log(), beta.log(), then.sqrt() * beta / (1 - now))
     )
     share = (wanted + 1) / 2
     log_variance = share * log_most + (1 - share) * log_least
     apart = (weight * (x0 - clean)).square() * (-log_variance).exp()
     kl = 0.5 * (log_variance - log_least + (log_least - log_variance).exp() + apart - 1)
-    counted = (time > 0).to(x0.device).float().view(-1, 1, 1, 1)
-    return (counted * kl).mean() / math.log(2)
+    return (counted.float().view(-1, 1, 1, 1).to(x0.device) * kl).mean() / math.log(2)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:

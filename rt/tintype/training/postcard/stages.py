@@ -7,11 +7,13 @@ OUT/model/judge/         the judge's weights                      judge
 OUT/model/training.json  how each model was fitted, what it does  every fitted stage, accuracy
 OUT/model/README.md      the same for people                      accuracy
 OUT/work/STAGE/          state to resume from, log.jsonl          every fitted stage
+OUT/work/denoiser/       start.txt: what --start copied           denoiser
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -200,11 +202,8 @@ def autoencoder(shop: Workshop) -> None:
 def denoiser(shop: Workshop) -> None:
     """The UNet, on the latents of the pictures; begun anew, or where a finished checkpoint stands."""
     store, recipe = shop.store(), shop.recipe
-    if shop.start is not None and not shop.model.exists():
-        partial = shop.out / "model.partial"  # of a run that was interrupted as it copied
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(shop.start, partial, ignore=shutil.ignore_patterns("*.onnx", "bundle.json"))
-        partial.rename(shop.model)
+    if shop.start is not None:
+        _begin_from(shop.start, shop)
     vae: Any = shop.component("vae")
     latents = encode_all(vae.to(recipe.denoiser.device), store, recipe.encoded)
     text_encoder: Any = shop.component("text_encoder")
@@ -219,6 +218,25 @@ def denoiser(shop: Workshop) -> None:
     )
     assemble.save_denoiser(unet.cpu(), shop.model / "unet")
     shop.record_fit("denoiser")
+
+
+def _begin_from(start: Path, shop: Workshop) -> None:
+    """Copy a finished checkpoint to go on from, once; refuse a model that was begun otherwise."""
+    note = shop.work("denoiser") / "start.txt"
+    if shop.model.exists():
+        begun = os.fsdecode(note.read_bytes()) if note.exists() else "no other checkpoint"
+        if begun != str(start.resolve()):
+            raise TintypeError(
+                f"--start {start}: {shop.model} was begun from {begun}; leave --start out to train that one further, "
+                "or name another folder with --out"
+            )
+        return
+    partial = shop.out / "model.partial"  # of a run that was interrupted as it copied
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(start, partial, ignore=shutil.ignore_patterns("*.onnx", "bundle.json"))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_bytes(os.fsencode(start.resolve()))
+    partial.rename(shop.model)
 
 
 def flow(shop: Workshop) -> None:

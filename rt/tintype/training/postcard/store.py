@@ -49,9 +49,11 @@ def open_store(folder: Path) -> PostcardStore:
     """The data set written by ``write_store``."""
     try:
         recipe = json.loads((folder / "data.json").read_text())
-        pictures = np.load(folder / "pictures.npy", mmap_mode="r")
-        if len(pictures) != recipe["count"]:
-            raise ValueError(f"{len(pictures)} pictures, expected {recipe['count']}")
+        pictures = np.lib.format.open_memmap(folder / "pictures.npy", "r")
+        shape = [recipe["count"], recipe["size"], recipe["size"], 3]
+        if pictures.dtype != np.uint8 or list(pictures.shape) != shape:
+            found = f"{pictures.dtype} {list(pictures.shape)}"
+            raise ValueError(f"pictures.npy is {found}, expected uint8 {shape}")
         scenes = sample_scenes(recipe["count"], recipe["seed"], held_out=recipe["held_out"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TintypeError(

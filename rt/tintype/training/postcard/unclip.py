@@ -38,9 +38,8 @@ _CROP = 64  # pixels a side of what the upsampler learns on
 _SOFTEST = 0.1  # noise on the small pictures that it learns on, as what is drawn is not quite what is rendered
 _ROUGHEST = 0.4  # of a feature's deviation, added to embeddings
 _MOST_WEIGHT = 20.0  # of a time at which little noise is left
-_BITS_WEIGHT = (
-    0.1  # of the variance's loss, which shall not decide what the rest of the decoder learns
-)
+_LONGEST_STEP = 200  # times that a sampler passes over at once
+_BITS_WEIGHT = 0.1  # of the variance's loss, which shall not decide what else is learnt
 SCHEDULER_CONFIGS = {
     "prior_scheduler": {"variance_type": "fixed_small_log", "clip_sample_range": _PRIOR_RANGE},
     "decoder_scheduler": {"variance_type": "learned_range", "clip_sample_range": 1.0},
@@ -186,7 +185,8 @@ def train_decoder(
         clean, wanted = predicted.float().chunk(2, dim=1)
         truth = x0.to(fitting.device)
         error = (clean - truth).square().mean(dim=(1, 2, 3))
-        bits = learned_variance_loss((truth, clean.detach(), wanted), t.long(), _alphas())
+        now, then = _step_back(times.long(), random)
+        bits = learned_variance_loss((truth, clean.detach(), wanted), now, then)
         loss = (weight.to(fitting.device) * error).mean()
         return {"loss": loss + _BITS_WEIGHT * bits, "error": error.mean(), "bits": bits}
 
@@ -275,6 +275,16 @@ def _noisy(x0: Tensor, noise: Tensor, random: torch.Generator) -> tuple[Tensor, 
     )
     weight = (1 / (1 - alpha)).clamp(max=_MOST_WEIGHT).float()
     return signal * x0 + sigma * noise, times.float(), weight
+
+
+def _step_back(times: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The signal's share at times [n] and after a step back from each, as long as samplers make them.
+
+    Of a step of one time the least variance and the most are nearly one, and nothing would say how much is wanted.
+    """
+    alphas = torch.cat([_alphas(), torch.ones(1, dtype=torch.float64)])
+    lengths = torch.randint(1, _LONGEST_STEP + 1, times.shape, generator=random)
+    return alphas[times], alphas[(times - lengths).clamp(min=-1)]
 
 
 def _cropped(images: Tensor, random: torch.Generator) -> Tensor:
