@@ -197,9 +197,8 @@ def test_a_cascade_gives_what_its_plain_models_give(cascades, request_):
 
 def test_how_much_noise_is_wanted_where_none_is_added_changes_nothing(cascades):
     (whole, backend), (plain, _) = cascades
-    with (
-        torch.no_grad()
-    ):  # beyond what is trained: at the last step, whose bounds lie far apart, this overflows
+    # Beyond what is trained: at the last step, whose bounds lie far apart, this overflows.
+    with torch.no_grad():
         backend.inner.module("denoise").unet.conv_out.bias[3:] += 12
     for made, expected in zip(*map(after_each_step, (whole, plain)), strict=True):
         assert relative_error(made, expected) < 1000 * TINY_GRAPH

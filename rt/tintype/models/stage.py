@@ -53,3 +53,13 @@ class Remembering(Stage, ABC):
         self, remembered: tuple[Tensor, ...], told: Sequence[Tensor], *changing: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
         """The outputs; ``told`` is what `at` gives for the time of the changing inputs, [n, c] for each layer."""
+
+
+class Denoising(Remembering):
+    """A stage that predicts something of a noisy sample at a time; behind these two it is told what a picture is of."""
+
+    outputs = ("model_output",)
+    changing = 2
+
+    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return timestep

@@ -32,7 +32,7 @@ from tintype.models.flux import FluxTransformer
 from tintype.models.fused import per_sample, scheduler_step
 from tintype.models.joint import modulations
 from tintype.models.sd3 import SD3Transformer
-from tintype.models.stage import Remembering, Stage
+from tintype.models.stage import Denoising, Remembering, Stage
 from tintype.models.t5 import T5Encoder
 from tintype.models.unclip_stages import CASCADE, cascade_stage
 from tintype.models.unet import UNet
@@ -65,11 +65,8 @@ class TextEncodeStage(Stage):
         return (hidden.float(), encoding.pooled.float()) if self.pooled else hidden.float()
 
 
-class DenoiseStage(Remembering):
+class DenoiseStage(Denoising):
     """Noisy latents, time and text -> the model's prediction of noise, velocity or image."""
-
-    outputs = ("model_output",)
-    changing = 2
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -97,9 +94,6 @@ class DenoiseStage(Remembering):
         time_ids: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         return self.unet.remember(*self._told(encoder_hidden_states, text_embeds), time_ids)
-
-    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return timestep
 
     def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
         return self.unet.at(remembered, times)
@@ -132,11 +126,8 @@ class T5EncodeStage(Stage):
         return self.encoder(input_ids).float()
 
 
-class FlowDenoiseStage(Remembering):
+class FlowDenoiseStage(Denoising):
     """Noisy latents, time, text and, for models distilled with it, guidance -> the model's velocity."""
-
-    outputs = ("model_output",)
-    changing = 2
 
     def __init__(self, transformer: SD3Transformer | FluxTransformer) -> None:
         super().__init__()
@@ -162,9 +153,6 @@ class FlowDenoiseStage(Remembering):
         hidden, pooled = self._told(encoder_hidden_states, text_embeds)
         added = self.transformer.time_text_embed.remember(pooled, *guidance)
         return self.transformer.context_embedder(hidden), *added
-
-    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return timestep
 
     def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
         conditioning = self.transformer.time_text_embed.at(times, remembered[1:])

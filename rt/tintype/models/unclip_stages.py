@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tintype.models.clip import DEVIATION, MEAN, CLIPImageEncoder
 from tintype.models.pixel_unet import PixelUNet
 from tintype.models.prior import Prior
-from tintype.models.stage import Remembering, Stage
+from tintype.models.stage import Denoising, Stage
 from tintype.models.unclip_projection import UnclipProjection
 
 # The component of each stage, in the order in which they run.
@@ -40,12 +40,10 @@ CASCADE = {
 }
 
 
-class PriorStage(Remembering):
+class PriorStage(Denoising):
     """A noisy image embedding, time and text -> the clean one."""
 
     inputs = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "text_mask")
-    outputs = ("model_output",)
-    changing = 2
 
     def __init__(self, prior: Prior) -> None:
         super().__init__()
@@ -64,9 +62,6 @@ class PriorStage(Remembering):
 
     def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
         return self.prior.remember(*(each.to(self.dtype) for each in told))
-
-    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return timestep
 
     def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
         return self.prior.at(remembered, times)
@@ -133,12 +128,10 @@ class ProjectStage(Stage):
         return context.float(), added.float()
 
 
-class PixelDenoiseStage(Remembering):
+class PixelDenoiseStage(Denoising):
     """Noisy pixels, time and context -> the noise in them, and how much a step should add."""
 
     inputs = ("sample", "timestep", "context", "context_mask", "added")
-    outputs = ("model_output",)
-    changing = 2
 
     def __init__(self, unet: PixelUNet) -> None:
         super().__init__()
@@ -154,9 +147,6 @@ class PixelDenoiseStage(Remembering):
         pairs = self.unet.remember(context.to(self.dtype))
         return context_mask.to(self.dtype), added.to(self.dtype), *pairs
 
-    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return timestep
-
     def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
         return self.unet.at(times, remembered[1], self.dtype)
 
@@ -171,12 +161,10 @@ class PixelDenoiseStage(Remembering):
         return self.unet.recall(told, sample.to(self.dtype), pairs, read).float()
 
 
-class EnlargeStage(Remembering):
+class EnlargeStage(Denoising):
     """Noisy pixels, time and the small picture -> the noise in them."""
 
     inputs = ("sample", "timestep", "low_res")
-    outputs = ("model_output",)
-    changing = 2
 
     def __init__(self, unet: PixelUNet) -> None:
         super().__init__()
@@ -187,9 +175,6 @@ class EnlargeStage(Remembering):
 
     def remember(self, low_res: Tensor) -> tuple[Tensor, ...]:
         return (low_res.to(self.dtype),)
-
-    def time(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return timestep
 
     def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
         return self.unet.at(times, None, self.dtype)
