@@ -46,7 +46,8 @@ class _Move:
 def pndm(config: ScheduleConfig, plan: Plan) -> Table:
     """h keeps the model's plain output.
 
-    An edit begins within the list of all evaluations, as published, and there with the first of the method's moves.
+    An edit begins within the list of all evaluations, as published, and there with the first of the method's moves: it
+    ends with a little noise left, as other libraries' edits by this method do.
     """
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise CheckpointError(

@@ -82,7 +82,9 @@ def test_a_model_that_knows_the_picture_is_followed(name, steps, start, predicti
         **({sigmas: True} if sigmas else {}),
     }
     assume(name != "pndm" or prediction == "epsilon")  # velocities of different times do not mix
-    follow(make_table(name, fields, steps, start=int(start * steps)), prediction)
+    # Where an edit by PNDM begins, its published moves do not meet the noise that is there.
+    first = 0 if name == "pndm" else int(start * steps)
+    follow(make_table(name, fields, steps, start=first), prediction)
 
 
 @given(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+import tintype.serving
 from served import SECONDS, until
 from tintype.cli import main
 from tintype.serving.server import listen
@@ -106,6 +107,7 @@ def test_what_cannot_be_served_is_one_line(capsys, flags, status, says):
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client", "python_multipart"])
 def test_a_missing_package_names_the_extra(capsys, monkeypatch, package):
+    monkeypatch.setattr(tintype, "serving", tintype.serving)  # which importing it anew replaces
     for name in [name for name in sys.modules if name.startswith("tintype.serving")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
