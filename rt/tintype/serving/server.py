@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -16,6 +17,7 @@ from tintype.serving.app import Service, make_app
 from tintype.serving.metrics import Metrics
 from tintype.serving.queue import Queue
 
+_SOON = 0.01  # seconds
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
@@ -47,7 +49,9 @@ def make_server(pipeline: Pipeline, places: int, on_start: Callable[[], None]) -
     """What answers for a pipeline, on the sockets with which it is `run`, until a signal says to stop."""
     queue = Queue(places)
     app = make_app(Service(pipeline, queue, Metrics(queue)))
-    config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, log_level="warning", access_log=False
+    )
     return Server(config, queue, on_start)
 
 
@@ -71,4 +75,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.queue.close()
         await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):  # which a second signal left
+            connection.transport.abort()
+        while self.server_state.tasks:  # that hear of it, and would be cut off in the middle
+            await asyncio.sleep(_SOON)
         self.queue.join()  # a thread in a backend's code would not survive the interpreter's end

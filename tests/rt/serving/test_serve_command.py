@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -63,6 +64,23 @@ def test_an_interrupt_ends_it_with_status_0_and_no_traceback(tiny_bundle):
         assert line.startswith("tiny on onnxruntime at http://127.0.0.1:")
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, rest, errors) == (0, "", "")
+
+
+def test_a_second_signal_ends_it_without_waiting_and_without_a_traceback(tiny_bundle):
+    with running("--json", str(tiny_bundle)) as (process, line):
+        host = httpx.URL(json.loads(line)["url"])
+        with socket.create_connection((host.host, host.port), SECONDS) as client:
+            # A body that never comes: the first signal alone would wait for it.
+            client.sendall(
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"
+            )
+            until(lambda: httpx.get(f"{host}/healthz").status_code == 200)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.send_signal(signal.SIGTERM)
+            rest, errors = process.communicate(timeout=SECONDS)
     assert (process.returncode, rest, errors) == (0, "", "")
 
 
