@@ -195,6 +195,18 @@ def test_a_cascade_gives_what_its_plain_models_give(cascades, request_):
     assert not {STEPS[name].model for name in STEPS} & {*backend.ran}
 
 
+def test_a_cascade_without_its_plain_models_draws_the_same(cascades):
+    """As engines have it, which are built of whole steps alone."""
+    (whole, backend), _ = cascades
+    plain = {step.model for step in STEPS.values()}
+    alone = with_backend(whole, Backend(backend.inner, *plain))
+    assert alone.family.needs == ()
+    for made, expected in zip(*map(after_each_step, (alone, whole)), strict=True):
+        np.testing.assert_array_equal(made, expected)
+    with pytest.raises(tintype.RequestError, match="plain stage denoise, which has no engine"):
+        after_each_step(alone, guidance_rescale=0.5)
+
+
 def test_how_much_noise_is_wanted_where_none_is_added_changes_nothing(cascades):
     (whole, backend), (plain, _) = cascades
     # Beyond what is trained: at the last step, whose bounds lie far apart, this overflows.

@@ -69,7 +69,7 @@ class Unclip:
     @property
     def needs(self) -> tuple[str, ...]:
         """The arguments beside a prompt that a request must have."""
-        return () if "prior" in self.backend.stages else ("image",)
+        return () if self._has_prior else ("image",)
 
     def fitted(self, picture: Floats, width: int, height: int) -> Floats:
         """A picture [1, h, w, 3] to be varied, as CLIP sees it, [1, s, s, 3]; as it is where no CLIP does."""
@@ -156,6 +156,11 @@ class Unclip:
     def runs(self, width: int, height: int) -> bool:
         """Whether pictures of this size can be made."""
         return f"{width}x{height}" == self._size
+
+    @property
+    def _has_prior(self) -> bool:
+        """By what follows its steps, which engines have, too."""
+        return "embed" in self.backend.stages
 
     @property
     def _size(self) -> str:
@@ -280,13 +285,12 @@ class Unclip:
             if given is not None and given is not False:
                 named = "mask_image" if argument == "mask" else argument
                 raise RequestError(f"{named} is not for unCLIP models; leave it out")
-        needed = "embed_image" if _varies(request) else "prior"
-        if needed not in self.backend.stages:
+        if _varies(request) and "embed_image" not in self.backend.stages:
             raise RequestError(
                 "this model has no image_encoder, and draws from a text alone; leave image out"
-                if _varies(request)
-                else "this model has no prior, and varies pictures; give image"
             )
+        if not (_varies(request) or self._has_prior):
+            raise RequestError("this model has no prior, and varies pictures; give image")
 
     def _run(self, stage: str, request: ImageRequest, inputs: Told) -> dict[str, Floats]:
         """One row of a stage that no step repeats."""
