@@ -22,7 +22,7 @@ from tintype.errors import CheckpointError, ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
 from tintype.families.denoiser import Rows, Texts, alone_and_both, picture_profiles, text_inputs
 from tintype.families.editing import Edit, mask_latents, masked
-from tintype.families.stepping import OnStep, Stepper, whole_steps
+from tintype.families.stepping import OnStep, Stepper, walked_through, whole_steps
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
 from tintype.images import cover, resize_latents
@@ -243,11 +243,8 @@ class LatentDiffusion:
         self, request: ImageRequest, table: Table, guidance: Guidance
     ) -> list[tuple[str, str]]:
         """The (stage, profile) pairs that one picture of a request walks through."""
-        stepper = self._stepper(request, table, guidance)
-        if stepper is not None and (whole := stepper.profile(1)):
-            return [(stage, whole.name) for stage in sorted({*stepper.stages})]
-        profiles = self._plain(request).profiles(2 if guidance.applies else 1)
-        return [("denoise", profile.name) for profile in profiles]
+        stepper, rows = self._stepper(request, table, guidance), 2 if guidance.applies else 1
+        return walked_through(stepper, [self._plain(request)], rows)
 
     def _plain(self, request: ImageRequest) -> Rows:
         """The denoiser at the request's size."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.backends import Backend
-from tintype.families.denoiser import Told, picture_profiles
+from tintype.families.denoiser import Rows, Told, picture_profiles
 from tintype.guidance import Guidance
 from tintype.profiles import Profile
 from tintype.sampling import StepNoise, require_finite
@@ -140,6 +140,15 @@ def whole_steps(
     guided = (scale > 1 for scale in guidance.scales)
     stages = tuple(STEP_OF[Step(*each)] for each in zip(models, guided, strict=True))
     return stages if {*stages} <= {*backend.stages} else ()
+
+
+def walked_through(
+    stepper: Stepper | None, plain: Sequence[Rows], rows: int
+) -> list[tuple[str, str]]:
+    """The (stage, profile) pairs of one picture: whole steps, or the plain models for as many rows."""
+    if stepper is not None and (whole := stepper.profile(1)):
+        return [(stage, whole.name) for stage in sorted({*stepper.stages})]
+    return [(each.stage, profile.name) for each in plain for profile in each.profiles(rows)]
 
 
 def _times(stages: Sequence[str], table: Table) -> dict[str, Floats]:

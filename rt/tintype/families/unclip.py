@@ -20,7 +20,7 @@ from tintype.backends import Backend
 from tintype.errors import ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
 from tintype.families.denoiser import Rows, Texts, Told, alone_and_both
-from tintype.families.stepping import OnStep, Stepper, whole_steps
+from tintype.families.stepping import OnStep, Stepper, walked_through, whole_steps
 from tintype.families.timing import Timings, timed
 from tintype.guidance import Guidance, scales
 from tintype.images import resize_latents, shortest_side
@@ -259,12 +259,8 @@ class Unclip:
 
     def _walking(self, request: ImageRequest, leg: _Leg) -> list[tuple[str, str]]:
         """The (stage, profile) pairs that one picture of a request walks a leg through."""
-        stepper = self._stepper(request, leg)
-        if stepper is not None and (whole := stepper.profile(1)):
-            return [(stage, whole.name) for stage in sorted({*stepper.stages})]
-        rows = 2 if leg.guidance.applies else 1
-        plain = self._plain(request, leg).items()
-        return [(model, each.name) for model, run in plain for each in run.profiles(rows)]
+        plain = [*self._plain(request, leg).values()]
+        return walked_through(self._stepper(request, leg), plain, 2 if leg.guidance.applies else 1)
 
     def _stepper(self, request: ImageRequest, leg: _Leg) -> Stepper | None:
         """Whole steps of a leg, where they can do what is asked."""

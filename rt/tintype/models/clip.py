@@ -174,14 +174,14 @@ class CLIPTextEncoder(nn.Module):
             penultimate = x
             x = layer(x, causal=True)
         x = self.text_model.final_layer_norm(x)
-        pooled = x.gather(
-            1, self._end(input_ids)[:, None, None].expand(-1, 1, x.shape[-1])
-        ).squeeze(1)
+        pooled = x.gather(1, self.end(input_ids)[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(
+            1
+        )
         if hasattr(self, "text_projection"):
             pooled = self.text_projection(pooled)
         return TextEncoding(x, penultimate, pooled)
 
-    def _end(self, input_ids: Tensor) -> Tensor:
+    def end(self, input_ids: Tensor) -> Tensor:
         """Index [n] of the first end token. Early published configs say 2 by mistake; there it is the largest id."""
         if self.config.eos_token_id == 2:
             return input_ids.to(torch.int32).argmax(dim=1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tintype.errors import TintypeError
+from tintype_kernels.cache import replace_text
 
 from .muon import Muon
 
@@ -242,9 +243,7 @@ def _forget_rows(path: Path, step: int) -> None:
     text = path.read_text()
     kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
     if kept != text:
-        partial = path.with_suffix(".partial")
-        partial.write_text(kept)
-        os.replace(partial, path)
+        replace_text(path, kept)
 
 
 def _step_of(line: str) -> float:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tintype.models.fused import per_sample
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -35,8 +37,7 @@ class NoiseSchedule:
 def noisy_and_velocity(x0: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """x_t and the velocity sqrt(a) noise - sqrt(1-a) x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
     signal, sigma = (
-        t[:, None, None, None].to(x0.dtype)
-        for t in (alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt())
+        per_sample(t, x0).to(x0.dtype) for t in (alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt())
     )
     return signal * x0 + sigma * noise, signal * noise - sigma * x0
 
@@ -67,14 +68,14 @@ def learned_variance_loss(
     beta = 1 - now / then
     least = beta * (1 - then) / (1 - now)
     log_least, log_most, weight = (
-        each.float().view(-1, 1, 1, 1).to(x0.device)
+        per_sample(each, x0).float().to(x0.device)
         for each in (least.log(), beta.log(), then.sqrt() * beta / (1 - now))
     )
     share = (wanted + 1) / 2
     log_variance = share * log_most + (1 - share) * log_least
     apart = (weight * (x0 - clean)).square() * (-log_variance).exp()
     kl = 0.5 * (log_variance - log_least + (log_least - log_variance).exp() + apart - 1)
-    return (counted.float().view(-1, 1, 1, 1).to(x0.device) * kl).mean() / math.log(2)
+    return (per_sample(counted, x0).float().to(x0.device) * kl).mean() / math.log(2)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tintype.models.clip import CLIPTextEncoder, TextEncoding
 from tintype.tokenizer import ClipTokenizer
 
+from ..loop import FitConfig
 from .captions import caption
 from .dataset import labels
 from .scene import Scene
@@ -66,3 +68,47 @@ def caption_ids(scenes: list[Scene], tokenizer: ClipTokenizer, seed: int, step: 
     """A fresh caption a scene, as token ids int64 [n, 77]."""
     rng = np.random.default_rng((seed, step, 1))
     return torch.from_numpy(np.concatenate([tokenizer(caption(scene, rng)) for scene in scenes]))
+
+
+_DROPOUT = 0.1
+
+
+class EncodedCaptions:
+    """Fresh captions of scenes for every step, a tenth of them emptied for guidance, as a frozen text encoder gives
+    them."""
+
+    def __init__(
+        self,
+        scenes: list[Scene],
+        text_encoder: CLIPTextEncoder,
+        tokenizer: ClipTokenizer,
+        fitting: FitConfig,
+    ) -> None:
+        self._scenes, self._tokenizer, self._fitting = scenes, tokenizer, fitting
+        self._encoder = text_encoder.to(fitting.device)
+        self._sampler = Sampler(len(scenes), fitting.batch_size, fitting.seed)
+        self._empty = torch.from_numpy(tokenizer(""))
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of a step."""
+        return self._sampler.rows(step)
+
+    def dropped(self, rows: np.ndarray, random: torch.Generator) -> Tensor:
+        """Which of the rows are told nothing, [n, 1]."""
+        return torch.rand(len(rows), 1, generator=random) < _DROPOUT
+
+    def ids(self, rows: np.ndarray, step: int, dropped: Tensor) -> Tensor:
+        """Token ids of the rows' captions, on the host, [n, t]."""
+        scenes = [self._scenes[row] for row in rows]
+        ids = caption_ids(scenes, self._tokenizer, self._fitting.seed, step)
+        return torch.where(dropped, self._empty, ids)
+
+    def end(self, ids: Tensor) -> Tensor:
+        """Where each caption ends, [n]."""
+        return self._encoder.end(ids)
+
+    @torch.no_grad()
+    def encoded(self, ids: Tensor) -> TextEncoding:
+        """What the encoder makes of token ids."""
+        encoding: TextEncoding = self._encoder(ids.to(self._fitting.device))
+        return encoding

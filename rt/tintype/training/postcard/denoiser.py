@@ -14,7 +14,7 @@ from tintype.tokenizer import ClipTokenizer
 from ..initialise import silence_residual_branches
 from ..loop import FitConfig, fit, generator, mixed_precision
 from ..objectives import NoiseSchedule, noisy_and_velocity
-from .batches import Sampler, caption_ids
+from .batches import EncodedCaptions
 from .scene import Scene
 
 
@@ -53,7 +53,6 @@ SCHEDULER_CONFIG = {
     "timestep_spacing": "trailing",
     "use_karras_sigmas": False,
 }
-CAPTION_DROPOUT = 0.1
 
 
 def new_denoiser(channels: tuple[int, ...], layers: int, seed: int) -> UNet:
@@ -75,23 +74,17 @@ def train_denoiser(
     """Train on latents float32 [n, 4, 16, 16] of scenes and fresh captions, a tenth of them emptied for guidance."""
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents, scenes = data
-    text_encoder = text_encoder.to(fitting.device)
     alphas = SCHEDULE.alphas_cumprod()
-    sampler = Sampler(len(scenes), fitting.batch_size, fitting.seed)
-    empty = torch.from_numpy(tokenizer(""))
+    captions = EncodedCaptions(scenes, text_encoder, tokenizer, fitting)
 
     def batch_loss(step: int) -> dict[str, Tensor]:
-        rows, random = sampler.rows(step), generator(fitting.seed, step)
-        ids = caption_ids([scenes[r] for r in rows], tokenizer, fitting.seed, step)
-        dropped = torch.rand(len(rows), 1, generator=random) < CAPTION_DROPOUT
+        rows, random = captions.rows(step), generator(fitting.seed, step)
+        ids = captions.ids(rows, step, captions.dropped(rows, random))
         times = (even_times(len(rows), random) * SCHEDULE.steps).long()
         x0, alpha = latents[rows], alphas[times]
         noisy, velocity = noisy_and_velocity(x0, torch.randn(x0.shape, generator=random), alpha)
         with mixed_precision(fitting.device):
-            with torch.no_grad():
-                text = text_encoder(
-                    torch.where(dropped, empty, ids).to(fitting.device)
-                ).last_hidden_state
+            text = captions.encoded(ids).last_hidden_state
             noisy = noisy.to(fitting.device, memory_format=torch.channels_last)
             predicted = unet(noisy, times.float().to(fitting.device), text).float()
         # Every time counts the same. Weights that follow the signal leave almost nothing for the noisiest times, and

@@ -15,9 +15,9 @@ from tintype.tokenizer import ClipTokenizer
 from ..initialise import silence_modulation
 from ..loop import FitConfig, fit, generator, mixed_precision
 from ..objectives import noisy_and_flow
-from .batches import Sampler, caption_ids
+from .batches import EncodedCaptions
 from .clip import LONGEST_CAPTION
-from .denoiser import CAPTION_DROPOUT, even_times
+from .denoiser import even_times
 from .scene import Scene
 
 _HEAD = 32
@@ -81,19 +81,15 @@ def train_flow(
 ) -> nn.Module:
     """Train on latents float32 [n, 4, 16, 16] of scenes and fresh captions, a tenth of them emptied for guidance."""
     latents, scenes = data
-    text_encoder = text_encoder.to(fitting.device)
-    sampler = Sampler(len(scenes), fitting.batch_size, fitting.seed)
-    empty = torch.from_numpy(tokenizer(""))
+    captions = EncodedCaptions(scenes, text_encoder, tokenizer, fitting)
 
     def batch_loss(step: int) -> dict[str, Tensor]:
-        rows, random = sampler.rows(step), generator(fitting.seed, step)
-        ids = caption_ids([scenes[r] for r in rows], tokenizer, fitting.seed, step)
-        dropped = torch.rand(len(rows), 1, generator=random) < CAPTION_DROPOUT
+        rows, random = captions.rows(step), generator(fitting.seed, step)
+        ids = captions.ids(rows, step, captions.dropped(rows, random))
         times, x0 = even_times(len(rows), random), latents[rows]
         noisy, velocity = noisy_and_flow(x0, torch.randn(x0.shape, generator=random), times)
         with mixed_precision(fitting.device):
-            with torch.no_grad():
-                told = text_encoder(torch.where(dropped, empty, ids).to(fitting.device))
+            told = captions.encoded(ids)
             predicted = transformer(
                 noisy.to(fitting.device),
                 1000 * times.to(fitting.device),

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ from .unclip import (
 _RECORD = "training.json"
 _DATA_SEED, _FRESH_SEED, _PROMPT_SEED = 1, 3, 5
 _FRESH, _PROMPTS = 2000, 150
-_OF_PARTS = ("judge", "clip", "autoencoder")  # figures that a flow takes over with the parts
+# The figures that are taken over with the parts.
+_OF_FLOW, _OF_UNCLIP = ("judge", "clip", "autoencoder"), ("judge", "clip")
 # What each family's pictures are asked for with when they are judged.
 _ASKED: Mapping[str, Mapping[str, Any]] = {
     "latent_unet": {"num_inference_steps": 20, "scheduler": "dpmpp_2m", "guidance_scale": 4.0},
@@ -123,6 +124,12 @@ class Workshop:
     def record(self, name: str, figures: Any) -> None:
         """Add what was measured to the model's training.json."""
         write_json(self.model / _RECORD, self.recorded() | {name: figures})
+
+    def take_over(self, start: Path, names: Sequence[str]) -> None:
+        """Record what another checkpoint says of these."""
+        for name, figures in _read_record(start).items():
+            if name in names:
+                self.record(name, figures)
 
     def recorded(self) -> dict[str, Any]:
         """How this model was trained and what was measured so far."""
@@ -247,9 +254,7 @@ def flow(shop: Workshop) -> None:
     told: Any = parts.component("text_encoder")
     encoder = shortened(told)
     assemble.begin_flow(start, encoder, shop.model)
-    for name, figures in _read_record(start).items():
-        if name in _OF_PARTS:
-            shop.record(name, figures)
+    shop.take_over(start, _OF_FLOW)
     latents = encode_all(vae.to(recipe.flow.device), store, recipe.encoded)
     config = flow_config(encoder.config.hidden_size, recipe.width, recipe.blocks)
     transformer = new_transformer(config, recipe.flow.seed)
@@ -272,8 +277,7 @@ def prior(shop: Workshop) -> None:
     told: Any = open_checkpoint(start).component("text_encoder")
     encoder = shortened(told)
     assemble.begin_unclip(start, encoder, shop.model)
-    for name in ("judge", "clip"):
-        shop.record(name, _read_record(start)[name])
+    shop.take_over(start, _OF_UNCLIP)
     model = new_prior(recipe.prior_blocks, recipe.prior.seed)
     assemble.save_prior(model, shop.model / "prior")
     _save_decoder(shop, new_decoder(recipe.decoder_channels, recipe.decoder.seed))

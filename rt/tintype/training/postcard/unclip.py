@@ -6,9 +6,9 @@ scene from, which the text encoder was fitted to. All three models predict the c
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from tintype.tokenizer import ClipTokenizer
 
 from ..initialise import silence_residual_branches
 from ..loop import FitConfig, batches, fit, generator, mixed_precision
-from ..objectives import learned_variance_loss
-from .batches import Sampler, caption_ids, pictures
+from ..objectives import learned_variance_loss, noisy_and_velocity
+from .batches import EncodedCaptions, Sampler, pictures
 from .clip import LONGEST_CAPTION
-from .denoiser import CAPTION_DROPOUT, even_times
+from .denoiser import even_times
 from .judge import FEATURES
 from .scene import Scene
 from .store import PostcardStore
@@ -135,15 +135,15 @@ def train_prior(
     normal = (embeds - mean) / deviation
     prior.clip_mean.requires_grad_(False).copy_(mean)
     prior.clip_std.requires_grad_(False).copy_(deviation)
-    captions = _Captions(scenes, text_encoder, tokenizer, fitting)
+    captions = EncodedCaptions(scenes, text_encoder, tokenizer, fitting)
 
     def batch_loss(step: int) -> dict[str, Tensor]:
         rows, random = captions.rows(step), generator(fitting.seed, step)
-        dropped = torch.rand(len(rows), 1, generator=random) < CAPTION_DROPOUT
+        dropped = captions.dropped(rows, random)
         x0, noise = normal[rows], torch.randn(len(rows), FEATURES, generator=random)
         noisy, times, _ = _noisy(x0, noise, random)
         with mixed_precision(fitting.device):
-            told = captions.told(rows, step, dropped)
+            told = _told(captions, captions.ids(rows, step, dropped))
             predicted = prior(noisy.to(fitting.device), times.to(fitting.device), *told)
         return {"loss": (predicted.float() - x0.to(fitting.device)).square().mean()}
 
@@ -165,11 +165,11 @@ def train_decoder(
     small, embeds, scenes = data
     decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     spread = embeds.std(0)
-    captions = _Captions(scenes, text_encoder, tokenizer, fitting)
+    captions = EncodedCaptions(scenes, text_encoder, tokenizer, fitting)
 
     def batch_loss(step: int) -> dict[str, Tensor]:
         rows, random = captions.rows(step), generator(fitting.seed, step)
-        dropped = torch.rand(len(rows), 1, generator=random) < CAPTION_DROPOUT
+        dropped = captions.dropped(rows, random)
         amount = _ROUGHEST * torch.rand(len(rows), 1, generator=random)
         rough = amount * spread * torch.randn(len(rows), FEATURES, generator=random)
         x0 = small[rows]
@@ -177,7 +177,7 @@ def train_decoder(
         shown = (~dropped[:, 0]).float()
         x, t, seen = (each.to(fitting.device) for each in (noisy, times, embeds[rows] + rough))
         with mixed_precision(fitting.device):
-            hidden, pooled, own = captions.told(rows, step, dropped)
+            hidden, pooled, own = _told(captions, captions.ids(rows, step, dropped))
             context, added = decoder["projection"](seen, shown.to(fitting.device), hidden, pooled)
             read = F.pad(own, (context.shape[1] - own.shape[1], 0), value=1.0)
             x = x.contiguous(memory_format=torch.channels_last)
@@ -227,36 +227,14 @@ def small_pictures(store: PostcardStore, count: int) -> Tensor:
     return torch.cat([made_small(pictures(store, rows)) for rows in batches(count, 500)])
 
 
-class _Captions:
-    """Fresh captions of scenes for every step, as the text encoder gives them."""
-
-    def __init__(
-        self,
-        scenes: list[Scene],
-        text_encoder: CLIPTextEncoder,
-        tokenizer: ClipTokenizer,
-        fitting: FitConfig,
-    ) -> None:
-        self._scenes, self._tokenizer, self._fitting = scenes, tokenizer, fitting
-        self._encoder = text_encoder.to(fitting.device)
-        self._sampler = Sampler(len(scenes), fitting.batch_size, fitting.seed)
-        self._empty = torch.from_numpy(tokenizer(""))
-
-    def rows(self, step: int) -> np.ndarray:
-        return self._sampler.rows(step)
-
-    @torch.no_grad()
-    def told(self, rows: np.ndarray, step: int, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States [n, t, e], pooled text [n, e], and 1 where a token is the text's own [n, t]."""
-        scenes = [self._scenes[row] for row in rows]
-        ids = caption_ids(scenes, self._tokenizer, self._fitting.seed, step)
-        ids = torch.where(dropped, self._empty, ids)
-        end = (ids == self._encoder.config.eos_token_id).int().argmax(dim=1)
-        own = (torch.arange(ids.shape[1]) <= end[:, None]).float()
-        encoded = self._encoder(ids.to(self._fitting.device))
-        return encoded.last_hidden_state, encoded.pooled, own.to(self._fitting.device)
+def _told(captions: EncodedCaptions, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States [n, t, e], pooled text [n, e], and 1 where a token is the text's own [n, t]."""
+    encoded = captions.encoded(ids)
+    own = (torch.arange(ids.shape[1]) <= captions.end(ids)[:, None]).float()
+    return encoded.last_hidden_state, encoded.pooled, own.to(encoded.pooled.device)
 
 
+@cache
 def _alphas() -> Tensor:
     """The share of the signal's variance at each time, float64 [steps]: unCLIP's cosine schedule."""
     shares = alphas_cumprod("squaredcos_cap_v2", 0, 0, _STEPS, zero_terminal_snr=False)
@@ -270,11 +248,9 @@ def _noisy(x0: Tensor, noise: Tensor, random: torch.Generator) -> tuple[Tensor, 
     """
     times = (even_times(len(x0), random) * _STEPS).long()
     alpha = _alphas()[times]
-    signal, sigma = (
-        each.sqrt().float().view(-1, *[1] * (x0.dim() - 1)) for each in (alpha, 1 - alpha)
-    )
+    noisy, _ = noisy_and_velocity(x0, noise, alpha)
     weight = (1 / (1 - alpha)).clamp(max=_MOST_WEIGHT).float()
-    return signal * x0 + sigma * noise, times.float(), weight
+    return noisy, times.float(), weight
 
 
 def _step_back(times: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
