@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 
 from tintype.errors import RequestError
 from tintype_bench.measure import Plan
-from tintype_bench.runners import PEERS
+from tintype_bench.runners import PEERS, STABLE_DIFFUSION_CPP
 from tintype_bench.shapes import SHAPES
-from tintype_bench.work import Runner
+from tintype_bench.work import PROMPT, Runner
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Case:
     component: str = ""
     note: str = ""
     in_turn: bool = False
+    prompt: str = PROMPT
+    scheduler: str = ""
+    noise: str = "tintype"
 
     @property
     def name(self) -> str:
@@ -39,7 +42,8 @@ class Case:
             what = f"{self.component} alone, {self.batch} rows"
         else:
             what = f"batch {self.batch}, {self.steps} steps, guidance {self.guidance:g}"
-        note = f", {self.note}" if self.note else ""
+        method = f"{self.scheduler} from {self.noise}'s noise" if self.scheduler else ""
+        note = "".join(f", {words}" for words in (method, self.note) if words)
         return f"{self.model} {self.width}x{self.height}, {what}{note}"
 
 
@@ -195,6 +199,13 @@ def of_shape(shape: str) -> Case:
     return _generator_case(setting, 1, (*ours("torch", "bf16"), Runner("diffusers", "bf16")))
 
 
+# What a peer that a suite does not have by itself is timed in.
+_ADDED_IN = {"diffusers-compiled": ("bf16",), STABLE_DIFFUSION_CPP: ("fp16", "int8")}
+# stable-diffusion.cpp brings a vocabulary of its own, in which only single letters are what shapes' tokenizers make of
+# them; it has torch's noise and not ours, and Euler's method among those that published checkpoints ask for.
+_SPELLED = " ".join(PROMPT.replace(" ", ""))
+
+
 def chosen_peers(case: Case, peers: Sequence[str] | None, commands: Sequence[str]) -> Case:
     """The case with these peers alone (None: its own; "none": nobody), and the user's commands."""
     known = (*PEERS, "none")
@@ -203,10 +214,13 @@ def chosen_peers(case: Case, peers: Sequence[str] | None, commands: Sequence[str
     kept = tuple(r for r in case.runners if r.ours or peers is None or r.kind in peers)
     present = {runner.kind for runner in kept}
     added = tuple(
-        Runner(name, "bf16" if name == "diffusers-compiled" else "fp32")
+        Runner(name, precision)
         for name in peers or ()
         if name not in (*present, "none")
+        for precision in _ADDED_IN.get(name, ("fp32",))
     )
+    if STABLE_DIFFUSION_CPP in (peers or ()) and not case.component:
+        case = replace(case, prompt=_SPELLED, scheduler="euler", noise="torch")
     # In which precision a command computes is its own business, so it is held to what 16 bits are.
     told = () if case.component else tuple(Runner("command", "bf16", command=c) for c in commands)
     return replace(case, runners=(*kept, *added, *told))

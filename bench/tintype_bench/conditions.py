@@ -16,7 +16,7 @@ from tintype_bench import nvml
 
 _PACKAGES = (
     *("tintype", "numpy", "onnxruntime", "openvino", "tokenizers", "torch", "triton"),
-    *("diffusers", "transformers", "safetensors"),
+    *("diffusers", "transformers", "safetensors", "stable_diffusion_cpp_python"),
 )
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TINTYPE_NUM_THREADS")
 

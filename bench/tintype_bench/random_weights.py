@@ -46,6 +46,7 @@ _PIXELS_ENDS = tuple(
 _PIXELS_GAIN = 0.1
 _CLIP_CLASS, _T5_CLASS = "CLIPTokenizer", "T5TokenizerFast"
 _CLIP_TOKENS, _T5_TOKENS = 77, 512
+_CLIP_WORDS = 49_408  # of which the last two begin and end a text
 
 
 def write_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -169,17 +170,17 @@ def _index(shape: Shape) -> dict[str, Any]:
 
 
 def _write_clip_tokenizer(folder: Path) -> None:
-    """CLIP's byte alphabet without merges; the end token has the highest id, which is where CLIP pools."""
+    """CLIP's byte alphabet and its ends, at the ids that they have there, without the merges between."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     folder.mkdir()
     alphabet = sorted(ByteLevel.alphabet())
     words = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    _write_json(folder / "vocab.json", {word: number for number, word in enumerate(words)})
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    ids = {word: number for number, word in enumerate(words)}
+    _write_json(folder / "vocab.json", {**ids, begin: _CLIP_WORDS - 2, end: _CLIP_WORDS - 1})
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    special = {"bos_token": words[-2], "eos_token": words[-1]}
-    special |= {"pad_token": words[-1], "unk_token": words[-1]}
+    special = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": end}
     _write_json(folder / "special_tokens_map.json", special)
     settings = {"model_max_length": _CLIP_TOKENS, "tokenizer_class": _CLIP_CLASS, **special}
     _write_json(folder / "tokenizer_config.json", settings)

@@ -22,6 +22,7 @@ from tintype_kernels.cache import cache_folder
 
 VARIABLE = "TINTYPE_BENCH_CACHE"
 _T = TypeVar("_T")
+_EDITION = 2  # of what is made of a shape, so that nothing older is taken for it
 _NEEDS_GRAPHS = ("onnxruntime", "openvino")
 
 
@@ -50,6 +51,9 @@ class Sources:
             steps=case.steps,
             guidance=case.guidance,
             component=case.component,
+            prompt=case.prompt,
+            scheduler=case.scheduler,
+            noise=case.noise,
         )
 
     def ready(self, runner: Runner, case: Case) -> Runner:
@@ -64,7 +68,7 @@ class Sources:
         if model not in SHAPES:
             path = resolve(model)
             return path if is_checkpoint(path) or path.is_file() else None
-        folder = self.folder / f"{model}{'-tiny' if self.tiny else ''}"
+        folder = self.folder / f"{model}{'-tiny' if self.tiny else ''}-{_EDITION}"
         if not is_checkpoint(folder):
             self._make_checkpoint(model, folder)
         return folder

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tintype.noise import initial_noise
+
 PROMPT = "a red lighthouse on a rocky coast at dusk"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
@@ -17,7 +19,8 @@ class Work:
     """One piece of work, the same for everybody.
 
     ``checkpoint`` is a folder in diffusers layout, "" where there is none; ``component`` "denoise" asks for one call of
-    the denoiser with ``batch`` rows, "" for ``batch`` whole pictures. Initial latents are those of ``seed`` and on.
+    the denoiser with ``batch`` rows, "" for ``batch`` whole pictures. ``scheduler`` is a name of ours, "" the
+    checkpoint's own; ``noise`` says whose generator makes the initial latents of ``seed`` and on, ours or torch's.
     """
 
     checkpoint: str
@@ -29,6 +32,8 @@ class Work:
     component: str = ""
     prompt: str = PROMPT
     seed: int = 0
+    scheduler: str = ""
+    noise: str = "tintype"
 
     @property
     def seeds(self) -> range:
@@ -37,10 +42,17 @@ class Work:
 
     def latents(self, channels: int, factor: int) -> NDArray[np.float32]:
         """Unit noise [n, c, h/f, w/f]: the same bits for every runner."""
-        from tintype.noise import initial_noise
-
         shape = (channels, self.height // factor, self.width // factor)
-        return np.stack([initial_noise(seed, shape) for seed in self.seeds])
+        drawn = _torch_noise if self.noise == "torch" else initial_noise
+        return np.stack([drawn(seed, shape) for seed in self.seeds])
+
+
+def _torch_noise(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """What torch's generator on a CPU draws, which other programs imitate."""
+    import torch
+
+    drawn = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+    return np.asarray(drawn.numpy())
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,14 @@ class Runner:
         promise = "batch-invariant" if self.invariant else ""
         way = "" if self.execution == "eager" else self.execution
         mode = "" if self.mode == "max-autotune" else self.mode
-        words = (self.kind.replace("-", " "), self.backend, way, mode, self.precision, promise)
+        words = (
+            self.kind.replace("diffusers-", "diffusers "),
+            self.backend,
+            way,
+            mode,
+            self.precision,
+            promise,
+        )
         return " ".join(filter(None, words))
 
     @property

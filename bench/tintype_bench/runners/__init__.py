@@ -45,6 +45,12 @@ def _graphs(work: Work, runner: Runner) -> Running:
     return plain_graphs.load(work, runner)
 
 
+def _stable_diffusion_cpp(work: Work, runner: Runner) -> Running:
+    from tintype_bench.runners import stable_diffusion_cpp
+
+    return stable_diffusion_cpp.load(work, runner)
+
+
 def _command(work: Work, runner: Runner) -> Running:
     from tintype_bench.runners import command
 
@@ -57,16 +63,18 @@ def _machine(work: Work, runner: Runner) -> Running:
     return machine.load(work, runner)
 
 
+STABLE_DIFFUSION_CPP = "stable-diffusion.cpp"
 KINDS: dict[str, Make] = {
     "tintype": _tintype,
     "diffusers": _diffusers,
     "diffusers-compiled": _diffusers,
     "onnxruntime": _graphs,
     "openvino": _graphs,
+    STABLE_DIFFUSION_CPP: _stable_diffusion_cpp,
     "command": _command,
     "machine": _machine,
 }
-PEERS = ("diffusers", "diffusers-compiled", "onnxruntime", "openvino")
+PEERS = ("diffusers", "diffusers-compiled", "onnxruntime", "openvino", STABLE_DIFFUSION_CPP)
 
 
 def make(description: dict[str, Any]) -> Running:

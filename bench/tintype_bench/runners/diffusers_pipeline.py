@@ -22,6 +22,7 @@ from tintype_bench.runners.component import denoiser_inputs
 from tintype_bench.runners.diffusers_compiled import inductor_flags, prepare
 from tintype_bench.work import Runner, Work
 
+_SCHEDULERS = {"euler": "EulerDiscreteScheduler"}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -62,6 +63,9 @@ def _pipeline(work: Work, dtype: torch.dtype) -> Any:
         _find_unclip()
     pipe = kind.from_pretrained(work.checkpoint, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
+    if work.scheduler:
+        kind = getattr(diffusers, _SCHEDULERS[work.scheduler])
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
     return pipe
 
 

@@ -57,6 +57,7 @@ class OwnPictures:
             num_inference_steps=work.steps,
             guidance_scale=work.guidance,
             seed=work.seed,
+            scheduler=work.scheduler or None,
             latents=work.latents(channels, family.factor),
             output_type="np",
         )

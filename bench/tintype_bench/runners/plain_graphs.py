@@ -94,7 +94,7 @@ class PlainPictures:
         self._graphs = _Graphs(bundle, runner)
         self._tokenize = ClipTokenizer(bundle.path(bundle.tokenizers[0]))
         config = {"clip_sample": False, **bundle.scheduler}
-        name = bundle.defaults.get("scheduler") or default_name(config)
+        name = work.scheduler or bundle.defaults.get("scheduler") or default_name(config)
         self._table = make_table(name, config, work.steps)
         self._work = work
         channels = int(bundle.defaults.get("latent_channels", 4))
