@@ -227,11 +227,12 @@ def chosen_peers(case: Case, peers: Sequence[str] | None, commands: Sequence[str
 
 
 def chosen_runners(case: Case, texts: Sequence[str] | None) -> Case:
-    """The case with those alone who have one of the texts in their name."""
+    """The case with those alone who have one of the texts in their name, and the user's commands."""
     if texts is None:
         return case
-    kept = tuple(r for r in case.runners if any(fnmatchcase(r.label, f"*{t}*") for t in texts))
-    if not kept:
+    named = [r for r in case.runners if any(fnmatchcase(r.label, f"*{t}*") for t in texts)]
+    kept = tuple(r for r in case.runners if r in named or r.kind == "command")
+    if not named:
         known = ", ".join(runner.label for runner in case.runners)
         raise RequestError(f"--runner {' '.join(texts)} leaves nobody of {case.name}: {known}")
     return replace(case, runners=kept)

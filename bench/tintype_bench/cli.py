@@ -56,7 +56,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--runner",
         nargs="+",
         metavar="TEXT",
-        help="who has one of these in the name alone, such as 'torch graph' or diffusers",
+        help="who has one of these in the name alone, such as 'torch graph' or diffusers, and --peer-cmd",
     )
     _add_peer_arguments(parser)
     _add_timing_arguments(parser)
@@ -126,6 +126,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot be done before the work starts."""
+    from tintype_bench.runners.command import check_template
+
+    for command in options.peer_cmd:
+        check_template(command)
     if options.results:
         _place_results(options)
     for name in ("runs", "rounds"):
@@ -249,20 +253,25 @@ def read_report(path: Path) -> dict[str, Any]:
     from tintype_bench.campaign import FORMAT
 
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RequestError(f"{path} is not a report of tintype bench --json: {error}") from error
-    if report.get("format") != FORMAT:
+    parts = {"suite", "conditions", "cases"}
+    whole = isinstance(report, dict) and report.keys() >= parts
+    if not whole or report.get("format") != FORMAT:
         raise RequestError(
             f"{path} is no report of cases in form {FORMAT}, which this version reads; run the suite again"
         )
-    return report
+    return dict(report)
 
 
 def _compare(first: Path, second: Path) -> int:
-    from tintype_bench.comparison import compare
+    from tintype_bench.comparison import compare, other_conditions
 
-    found = compare(read_report(first), read_report(second))
+    before, after = read_report(first), read_report(second)
+    found = compare(before, after)
+    if differ := other_conditions(before, after):
+        print(differ)
     print("\n".join(each.line() for each in found))
     regressed = sum(each.regressed for each in found)
     print(f"{regressed} of {len(found)} rows regressed beyond noise")

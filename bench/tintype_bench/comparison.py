@@ -11,6 +11,8 @@ from tintype_bench.measure import TIMED
 from tintype_bench.spread import allowed, typical
 
 SLOWER, FASTER, SAME, LOST, NEW = "slower", "faster", "within noise", "lost", "new"
+# Conditions that are another at every run, of which the probe and the noise tell what matters.
+_PASSING = ("date", "load_before", "cpu_mhz", "sm_now_mhz", "memory_now_mhz")
 _Key = tuple[str, str, str]
 
 
@@ -56,6 +58,27 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Differe
     found = [_difference(key, row, after.get(key)) for key, row in before.items()]
     fresh = [key for key, row in after.items() if key not in before and row["status"] == TIMED]
     return [*found, *(Difference(*key, NEW) for key in fresh)]
+
+
+def other_conditions(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """What differs of machine, settings and versions, in one line; "" where nothing does.
+
+    Two machines may well be compared, but whoever reads the rows should know that there are two.
+    """
+    moved = [
+        f"{name} {before.get(name, 'none')}, then {after.get(name, 'none')}"
+        for before, after in zip(_kept(first), _kept(second), strict=True)
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+    return f"the conditions differ: {'; '.join(moved)}" if moved else ""
+
+
+def _kept(report: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """What does not pass: the machine, the variables that set its threads, the versions."""
+    conditions, nested = report["conditions"], ("threads", "versions")
+    machine = {name: v for name, v in conditions.items() if name not in (*_PASSING, *nested)}
+    return machine, *(conditions.get(part, {}) for part in nested)
 
 
 def _rows(report: Mapping[str, Any]) -> Iterator[tuple[_Key, dict[str, Any]]]:

@@ -18,6 +18,7 @@ from .bundle import ExportConfig, export_bundle
 from .calibration import PROMPTS, Calibration
 from .checks import MOST_PICTURES
 from .storage import PRECISIONS
+from .writing import replaced
 
 
 def register(subparsers: Any) -> None:
@@ -152,10 +153,13 @@ def run(options: argparse.Namespace) -> None:
         calibration=_calibration(options.calibration_prompts, options.calibration_steps),
         group=ExportConfig.group if options.group is None else options.group,
     )
-    bundle = export_bundle(
-        source, options.output, config, lambda line: print(line, file=sys.stderr)
-    )
-    print(bundle)
+    if line := replaced(options.output):
+        _say(line)
+    print(export_bundle(source, options.output, config, _say))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _check_codes(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tintype.bundle import MANIFEST, read_manifest
 from tintype.errors import BundleError, RequestError
+from tintype.profiles import Profile
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +52,30 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 def require_replaceable(target: Path) -> None:
     """Refuse a target that is somebody's other folder, which would be deleted."""
+    if target.parent == target.absolute():
+        raise RequestError(f"{target} is the root of a disk; name another folder with -o")
     if target.is_dir() and (strange := _not_of_a_bundle(target)):
         raise RequestError(
             f"{target} holds {strange[0]}, which is not of a bundle; name another folder with -o"
         )
     if target.exists() and not target.is_dir():
         raise RequestError(f"{target} is a file; name a folder with -o")
+
+
+def replaced(target: Path) -> str:
+    """What a bundle that ``target`` already is was made for, in a line; "" where there is none."""
+    try:
+        manifest = read_manifest(target)
+    except BundleError:
+        return ""
+    graphs = [manifest, *manifest.get("engines", {}).values()]
+    names = {name for each in graphs for profiles in each["stages"].values() for name in profiles}
+    profiles = sorted(filter(None, map(Profile.parse, names)))
+    sizes = ", ".join(dict.fromkeys(profile.size for profile in profiles))
+    return (
+        f"{target} holds a bundle in {manifest['precision']}{sizes and ' of '}{sizes}; the new one takes its place "
+        "when it is whole"
+    )
 
 
 def _not_of_a_bundle(folder: Path) -> list[str]:
@@ -84,7 +103,8 @@ def sweep(target: Path) -> None:
 
 def require_room(target: Path, needed: int) -> int:
     """The free bytes where ``target`` will be; BundleError where fewer than ``needed``."""
-    folder = next(folder for folder in target.absolute().parents if folder.is_dir())
+    whole = target.absolute()
+    folder = next((folder for folder in whole.parents if folder.is_dir()), whole)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BundleError(

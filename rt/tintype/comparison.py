@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tintype.errors import RequestError
+from tintype.errors import CheckpointError, RequestError
 from tintype.images import Floats, to_pil
 from tintype.pipeline import Pipeline
 from tintype.schedulers import make_table, names
@@ -164,7 +164,7 @@ def _plan(
 def _runs(name: str, config: Mapping[str, Any], steps: int) -> bool:
     try:
         make_table(name, config, steps)
-    except RequestError:
+    except (RequestError, CheckpointError):
         return False
     return True
 

@@ -52,10 +52,16 @@ def check_scale(value: Scale, steps: int) -> Scale:
     """A finite number, one number a step, or a function of progress; else a RequestError."""
     if callable(value):
         return value
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != steps:
-            raise RequestError(f"guidance_scale has {len(value)} entries for {steps} steps")
-        return tuple(_finite(each) for each in value)
+    shape = getattr(value, "shape", ())
+    if len(shape) > 1:
+        raise RequestError(
+            f"guidance_scale has shape {list(shape)}; give a number, or one number for each of {steps} steps"
+        )
+    if len(shape) == 1 or (isinstance(value, Sequence) and not isinstance(value, str | bytes)):
+        each = [*value]  # type: ignore[misc]
+        if len(each) != steps:
+            raise RequestError(f"guidance_scale has {len(each)} entries for {steps} steps")
+        return tuple(_finite(number) for number in each)
     return _finite(value)
 
 
@@ -108,11 +114,18 @@ def _called(value: Callable[[float], float], progress: float) -> float:
     return _finite(scale)
 
 
-def _finite(value: object) -> float:
+def as_number(value: object) -> float:
+    """Its float, or NaN where it is no number; words and truths are none, though float() takes them."""
+    if isinstance(value, str | bytes | bool | np.bool_):
+        return math.nan
     try:
-        number = float(value)  # type: ignore[arg-type]
-    except (OverflowError, TypeError, ValueError):
-        number = math.nan
+        return float(value)  # type: ignore[arg-type]
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        return math.nan
+
+
+def _finite(value: object) -> float:
+    number = as_number(value)
     if not math.isfinite(number):
         raise RequestError(f"guidance_scale={value!r} is not a finite number")
     return number

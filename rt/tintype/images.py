@@ -5,6 +5,7 @@ The one form is float32 [n, h, w, 3] in 0..1; masks are float32 [n, h, w, 1], 1 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,14 @@ def to_numpy(image: Any, name: str = "image", channels: int = 3) -> Floats:
     """A picture or a batch -> float32 [n, h, w, channels] in 0..1.
 
     Takes PIL, numpy ([h, w], [h, w, c] or [n, h, w, c]; integers count to 255, floats to 1) and torch
-    ([c, h, w] or [n, c, h, w] in 0..1).
+    ([c, h, w] or [n, c, h, w]; bytes count to 255, everything else to 1).
     """
     if isinstance(image, Image.Image):
         return _scaled(_pixels(image, name, channels))[None]
-    if hasattr(image, "detach"):
-        tensor = image.detach().cpu().float().numpy()
+    if is_tensor(image):
+        tensor = from_torch(image, name)
+        if tensor.dtype.kind in "iu" and tensor.dtype != np.uint8:
+            tensor = tensor.astype(np.float32)
         tensor = tensor[(None,) * max(0, 4 - tensor.ndim)]
         array = np.moveaxis(tensor, 1, -1)
     elif isinstance(image, np.ndarray):
@@ -70,6 +73,23 @@ def to_numpy(image: Any, name: str = "image", channels: int = 3) -> Floats:
             f"{name} holds values from {floats.min():g} to {floats.max():g}, expected 0..1"
         )
     return floats
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is torch's, which nobody hands over who has not imported torch."""
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def from_torch(tensor: torch.Tensor, name: str) -> NDArray[Any]:
+    """A tensor's numbers without its gradient, wherever it lies; floats, of which numpy lacks some, as float32."""
+    try:
+        plain = tensor.detach().cpu()
+        return np.asarray((plain.float() if plain.is_floating_point() else plain).numpy())
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[:1]
+        raise RequestError(
+            f"{name} is a {type(tensor).__name__} that gives no plain numbers ({''.join(reason)}); give a dense tensor"
+        ) from error
 
 
 def to_pil(image: ArrayLike) -> Image.Image:

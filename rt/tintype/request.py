@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tintype.errors import RequestError
-from tintype.guidance import Scale
+from tintype.guidance import Scale, as_number
+from tintype.images import from_torch, is_tensor
 
 SEEDS = 1 << 64
 _MOST_IMAGES = 65_536  # of one call, which has them all in memory
@@ -122,10 +123,7 @@ def picture_size(text: str) -> tuple[int, int]:
 
 def share(name: str, value: Any, *, least: float) -> float:
     """A number in [least, 1], or, where `least` is the smallest positive one, in (0, 1]; else a RequestError."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
+    number = as_number(value)
     if not least <= number <= 1:
         raise RequestError(f"{name}={value!r} is outside {'[0' if least == 0 else '(0'}, 1]")
     return number
@@ -152,13 +150,18 @@ def require_latents(request: ImageRequest, shape: tuple[int, ...]) -> None:
 
 def _real_array(name: str, value: Any) -> Floats:
     """Numbers as a contiguous float32 array, or a RequestError that names the argument."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # a tensor elsewhere, rows of several lengths
-        array = np.empty(0, object)
+    array = from_torch(value, name) if is_tensor(value) else _array(value)
     if array.dtype.kind not in "biuf":
         raise RequestError(f"{name} is a {type(value).__name__} that holds more than real numbers")
     return np.ascontiguousarray(array, np.float32)
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """An array of what another library keeps elsewhere, or of rows of several lengths, is of objects."""
+    try:
+        return np.asarray(value)
+    except (RuntimeError, TypeError, ValueError):
+        return np.empty(0, object)
 
 
 def _prompts(prompt: str | Sequence[str]) -> list[str]:

@@ -63,3 +63,38 @@ def test_a_report_of_another_form_is_refused(tmp_path, capsys):
     old.write_text(json.dumps(report([row("a", 1.0)]) | {"format": 1}))
     assert main(["bench", "--compare", str(old), str(old)]) == 2
     assert "run the suite again" in capsys.readouterr().err
+
+
+def test_what_differs_of_the_conditions_is_said_before_the_rows(tmp_path, capsys):
+    own = {"load_before": 0.1, "cpu_mhz": 2000.0, "threads": {}, "python": "3.11.7"}
+    before = report([row("a", 1.0)])
+    before["conditions"] |= own
+    after = json.loads(json.dumps(before))
+    after["conditions"] |= {
+        **{"cpu": "another", "cores": 4, "gpu": "NVIDIA H200", "threads": {"OMP_NUM_THREADS": "1"}},
+        **{"load_before": 3.0, "cpu_mhz": 2001.0, "date": "2026-01-02"},
+        "versions": {"a": "2", "b": "1"},
+    }
+    for name, content in (("a", before), ("b", after)):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert main(["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (
+        "the conditions differ: cpu a processor, then another; cores 2, then 4; gpu none, then NVIDIA H200; "
+        "OMP_NUM_THREADS none, then 1; a 1, then 2; b none, then 1"
+    )
+    assert said[1].startswith("within noise")
+    assert main(["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.startswith("within noise")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '{"format": 2}', "{"])
+def test_what_is_no_report_is_refused_in_one_line(tmp_path, capsys, content):
+    other, own = tmp_path / "other", tmp_path / "own"
+    other.write_text(content)
+    own.write_text(json.dumps(report([row("a", 1.0)])))
+    for pair in ((own, other), (other, own)):
+        assert main(["bench", "--compare", *map(str, pair)]) == 2
+        said = capsys.readouterr().err
+        assert f"{other} is no" in said
+        assert said.count("\n") == 1

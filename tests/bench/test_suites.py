@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -250,6 +251,52 @@ def test_runners_are_chosen_by_what_their_names_hold():
     assert names == [*own, "diffusers bf16"]
     with pytest.raises(RequestError, match="--runner onnx leaves nobody of sd15.*diffusers bf16"):
         cases.chosen_runners(case, ["onnx"])
+
+
+def test_the_users_commands_stay_whoever_else_is_chosen():
+    case = cases.chosen_peers(cases.of_shape("sd15"), None, ["draw {output}", "paint {output}"])
+    kept = cases.chosen_runners(case, ["tintype torch"]).runners
+    labels = [runner.label for runner in kept]
+    assert labels == ["tintype torch bf16", "command draw", "command paint"]
+    alone = cases.chosen_runners(case, ["command draw"]).runners
+    assert [runner.label for runner in alone] == ["command draw", "command paint"]
+    with pytest.raises(RequestError, match="--runner onnx leaves nobody"):
+        cases.chosen_runners(case, ["onnx"])
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("x {foo}", "names no {output}.*{foo}"),
+        ("x {prompt}", "names no {output}.*{prompt}"),
+        ("x {foo} {output}", "cannot be filled in: 'foo'.*known: output, prompt"),
+        ("x {} {output}", "cannot be filled in"),
+        ("x { {output}", "cannot be filled in"),
+        ("x {steps:d} {output}", "cannot be filled in"),
+        ("x 'un {output}", "No closing quotation"),
+        ("x 'un", "No closing quotation"),
+        (" ", "names no program"),
+    ],
+)
+def test_a_command_that_cannot_be_started_is_refused_before_anything_runs(
+    monkeypatch, capsys, command, said
+):
+    monkeypatch.setattr(Campaign, "run", lambda *_, **__: pytest.fail("it ran"))
+    assert main(["bench", "--suite", "quick", "--peer-cmd", command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--peer-cmd {command!r}" in line
+    assert re.search(said, line)
+
+
+@pytest.mark.parametrize(
+    "command", ["x {output} {latents} {seed} {{}}", """w.py '{"a": 1}'""", "sh -c 'x ${HOME}'"]
+)
+def test_a_command_that_can_be_started_is_taken(monkeypatch, command):
+    def run(self, kept, resume):
+        raise Unfinished("stopped")
+
+    monkeypatch.setattr(Campaign, "run", run)
+    assert main(["bench", "--suite", "quick", "--peer-cmd", command]) == 75
 
 
 def test_every_runner_is_on_the_device_that_was_asked_for(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from small_checkpoints import save_smallest
 from tintype import bundle as bundles
 from tintype.bundle import MANIFEST, open_bundle
 from tintype.checkpoints import open_checkpoint
+from tintype.cli import main
 from tintype.errors import BundleError, RequestError
 from tintype_export import bundle as exporting
-from tintype_export import storage, writing
+from tintype_export import cli, storage, writing
 from tintype_export.bundle import ExportConfig, export_bundle
 from tintype_export.storage import precision, store_weights
-from tintype_export.writing import copy_described, require_room, sweep, written_whole
+from tintype_export.writing import copy_described, replaced, require_room, sweep, written_whole
 
 KILLS = int(os.environ.get("TINTYPE_KILLS", "4"))  # 30 is what docs/measurements.md reports
 CONFIG = ExportConfig(sizes=((16, 16),), defaults={"width": 16, "height": 16})
@@ -99,6 +101,32 @@ def test_folders_that_others_hid_are_left_alone(tmp_path):
     other.mkdir()
     sweep(tmp_path / "bundle")
     assert other.is_dir()
+
+
+def test_the_root_of_a_disk_is_not_replaced(tmp_path):
+    root = Path(tmp_path.anchor)
+    assert require_room(root, 1) > 0
+    with (
+        pytest.raises(RequestError, match="is the root of a disk; name another folder"),
+        written_whole(root),
+    ):
+        pass
+
+
+def test_what_is_replaced_is_said_before(tiny_copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "export_bundle", lambda *_: tiny_copy)
+    assert main(["export", "postcard", "-o", str(tiny_copy), "--precision", "int8"]) == 0
+    line = "holds a bundle in fp32 of 32x32, 48x32; the new one takes its place when it is whole"
+    assert capsys.readouterr().err == f"{tiny_copy} {line}\n"
+    assert main(["export", "postcard", "-o", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bundle_without_sizes_is_said_to_be_replaced_too(tiny_copy):
+    manifest = json.loads((tiny_copy / MANIFEST).read_text())
+    manifest["stages"] = {"encode": manifest["stages"]["encode"]}
+    (tiny_copy / MANIFEST).write_text(json.dumps(manifest | {"precision": "int8"}))
+    assert "holds a bundle in int8; the new one" in replaced(tiny_copy)
 
 
 def test_a_file_is_not_replaced(tmp_path):

@@ -92,10 +92,46 @@ def test_options_reach_the_loop(tiny_pipeline, option, plainest):
     np.testing.assert_array_equal(latents(tiny_pipeline, 7.5, **{option: plainest}), plain)
 
 
-@pytest.mark.parametrize("bad", ["much", None, 10**400, [1.0], [1.0, np.inf], (np.nan, 1.0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *("much", "7", b"7", True, np.True_, None, 10**400),
+        *([1.0], [1.0, np.inf], (np.nan, 1.0), ["1", "2"], [True, 1.0], {1.0, 2.0}),
+        *(np.ones(3), np.ones((2, 2)), np.array(["1", "2"]), np.array([True, False])),
+        torch.ones(2, 2),
+    ],
+    ids=str,
+)
 def test_bad_scales_are_named(bad):
-    with pytest.raises(RequestError, match="guidance_scale"):
+    with pytest.raises(RequestError, match="^guidance_scale") as refused:
         check_scale(bad, 2)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "each",
+    [
+        *((3, 1.5), range(3, 0, -2), np.array([3.0, 1.5]), np.array([3, 1], np.int8)),
+        *(np.array([3.0, 1.5], np.float16), torch.tensor([3.0, 1.5])),
+    ],
+    ids=repr,
+)
+def test_one_number_a_step_comes_in_any_row_of_numbers(each):
+    expected = tuple(float(number) for number in each)
+    assert check_scale(each, 2) == expected
+    assert all(type(number) is float for number in check_scale(each, 2))
+
+
+@pytest.mark.parametrize("number", [3, np.float32(3), np.array(3.0), torch.tensor(3.0)])
+def test_a_number_is_a_number_whosever_it_is(number):
+    assert check_scale(number, 2) == 3.0
+
+
+def test_an_array_of_scales_draws_what_its_list_does(tiny_pipeline):
+    falling = [6.0, 5.0, 4.0, 3.0, 2.0, 1.5]
+    np.testing.assert_array_equal(
+        latents(tiny_pipeline, np.array(falling)), latents(tiny_pipeline, falling)
+    )
 
 
 def test_a_bundle_of_single_rows_is_guided_one_row_at_a_time(tiny_pipeline):

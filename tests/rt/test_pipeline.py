@@ -321,17 +321,18 @@ def test_sizes_that_the_bundle_lacks_are_listed(tiny_pipeline):
 
 
 class Recorder:
-    """Stands between the family and a backend: notes what runs, hides profiles, spoils outputs."""
+    """Stands between the family and a backend: notes what begins and runs, hides profiles, spoils outputs."""
 
     def __init__(self, inner, hide=None, spoil=None):
         self.name, self.stages, self.inner = "recorder", inner.stages, inner
         self.batch_invariant = inner.batch_invariant
-        self.hide, self.spoil, self.ran = hide, spoil, []
+        self.hide, self.spoil, self.begun, self.ran = hide, spoil, [], []
 
     def profiles(self, stage):
         return [name for name in self.inner.profiles(stage) if (stage, name) != self.hide]
 
     def compile(self, stage, profile):
+        self.begun.append((stage, profile))
         self.inner.compile(stage, profile)
 
     def run(self, stage, profile, inputs):
@@ -345,6 +346,28 @@ class Recorder:
 def recorded(pipeline, **options):
     backend = Recorder(pipeline.family.backend, **options)
     return with_backend(pipeline, backend), backend
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"latents": np.zeros((1, 4, 9, 9), np.float32)},
+        {"interpolate_from": (32, 32), "width": 64, "height": 64},
+    ],
+    ids=["latents", "second size"],
+)
+def test_nothing_begins_for_a_request_that_is_refused(tiny_pipeline, refused):
+    pipeline, backend = recorded(tiny_pipeline)
+    with pytest.raises(TintypeError):
+        pipeline.prepare(PROMPT, **refused)
+    assert backend.begun == []
+
+
+def test_what_a_request_walks_through_begins_once_it_is_checked(tiny_pipeline):
+    pipeline, backend = recorded(tiny_pipeline)
+    pipeline.prepare(PROMPT, interpolate_from=(32, 32), width=48, height=32)
+    denoisers = {("denoise", f"{size}-b2") for size in ("32x32", "48x32")}
+    assert {*backend.begun} == {("encode", "b1"), ("decode", "48x32-b1")} | denoisers
 
 
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])

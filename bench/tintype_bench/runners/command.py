@@ -6,9 +6,11 @@ Braces in it are filled in: {output} (needed), {prompt}, {model}, {width}, {heig
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,27 @@ from tintype.errors import RequestError, TintypeError
 from tintype_bench.runners import Pictures, Running
 from tintype_bench.work import Runner, Work
 
+_BRACES = (
+    *("output", "prompt", "model", "width", "height"),
+    *("steps", "guidance", "seed", "latents"),
+)
+
+
+def check_template(template: str) -> None:
+    """Refuse a command line that cannot be started, which its words alone show."""
+    if "{output}" in template:
+        _filled(template, dict.fromkeys(_BRACES, "0"))
+    elif not _words(template):
+        raise RequestError(f"--peer-cmd {template!r} names no program")
+    elif found := re.search(r"(?<!\$)\{\w*\}", template):  # a worker's JSON and a shell's ${X} stay
+        raise RequestError(
+            f"--peer-cmd {template!r} names no {{output}}, and a worker is told nothing by {found[0]}; put {{output}} "
+            "where the PNG or .npy file goes"
+        )
+
 
 def load(work: Work, runner: Runner) -> Running:
-    """The command, with its braces checked."""
+    """The command, for work that has a picture."""
     if work.component:
         raise RequestError("--peer-cmd makes pictures; a component case has none")
     if "{output}" not in runner.command:
@@ -70,12 +90,25 @@ class Command:
             defaults = open_checkpoint(work.checkpoint).defaults
             np.save(latents, work.latents(defaults["latent_channels"], defaults["latent_factor"]))
             values["latents"] = str(latents)
-        try:
-            return [part.format(**values) for part in shlex.split(self.template)]
-        except (KeyError, IndexError) as error:
-            raise RequestError(
-                f"--peer-cmd has an unknown brace {error}; known: {', '.join((*values, 'latents'))}"
-            ) from error
+        return _filled(self.template, values)
+
+
+def _filled(template: str, values: Mapping[str, str]) -> list[str]:
+    """The words of a command line with what stands in braces filled in."""
+    try:
+        return [part.format(**values) for part in _words(template)]
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise RequestError(
+            f"--peer-cmd {template!r} cannot be filled in: {error}; known: {', '.join(_BRACES)}, and a brace of your "
+            "own is written twice"
+        ) from error
+
+
+def _words(template: str) -> list[str]:
+    try:
+        return shlex.split(template)
+    except ValueError as error:
+        raise RequestError(f"--peer-cmd {template!r} is no command line: {error}") from error
 
 
 def _read(path: Path) -> Pictures:

@@ -286,8 +286,14 @@ def _as_ddpm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def scheduler_config(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """A family's scheduler as configured, with what its published pipelines add."""
-    # What diffusers' FLUX pipelines hand to any scheduler: the last step starts at one step's time.
-    return {**config, "flow_last_time": "step"} if family == "flux" else dict(config)
+    if family == "flux":
+        # What diffusers' FLUX pipelines hand to any scheduler: the last step starts at one step's time.
+        return {**config, "flow_last_time": "step"}
+    # Its SD3 pipelines take another largest shift than FLUX's where the scheduler's class has none of itself.
+    has_own = config.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+    if family == "sd3" and not has_own and config.get("max_shift") is None:
+        return {**config, "max_shift": 1.16}
+    return dict(config)
 
 
 def _defaults(

@@ -63,11 +63,15 @@ def require_writable(output: Path | None) -> None:
 
 
 def require_png(output: Path | None) -> None:
-    """Refuse a name that promises another kind of picture than the one that is written."""
+    """Refuse a name that promises something else than a file with the kind of picture that is written."""
     from PIL import Image
 
     if output is None:
         return
+    if str(output) == "-":
+        raise RequestError(
+            "-o -: a picture goes to a file, not to standard output; name one, such as picture.png"
+        )
     suffix = output.suffix.lower()
     if suffix not in ("", ".png") and Image.registered_extensions().get(suffix, "PNG") != "PNG":
         raise RequestError(

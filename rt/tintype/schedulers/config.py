@@ -40,7 +40,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
 }
 _MOST_TIMES = 100_000  # a hundred times what models are trained on; tables are as long
-_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class ScheduleConfig:
             raise CheckpointError(
                 f"scheduler config: dynamic_thresholding_ratio={made.dynamic_thresholding_ratio!r} is outside [0, 1]"
             )
-        if sum(bool(getattr(made, name)) for name in _SIGMAS) > 1:
-            raise CheckpointError(f"scheduler config: more than one of {', '.join(_SIGMAS)} is set")
+        if sum(bool(getattr(made, name)) for name in SIGMAS) > 1:
+            raise CheckpointError(f"scheduler config: more than one of {', '.join(SIGMAS)} is set")
         return made
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 
 from tintype.errors import CheckpointError
 from tintype.schedulers.config import Plan, ScheduleConfig
-from tintype.schedulers.grids import Grid, flow_grid, preserving_grid
+from tintype.schedulers.grids import Grid, flow_grid, preserving_grid, refuse_respaced
 from tintype.schedulers.predict import clean_weights
 from tintype.schedulers.sigmas import Float64
 from tintype.schedulers.table import Table
@@ -16,7 +16,7 @@ from tintype.schedulers.table import Table
 
 def dpmpp_2m(config: ScheduleConfig, plan: Plan) -> Table:
     """h keeps x0; the second order extrapolates it from the last two, the first and the last step are first order."""
-    grid = _grid(config, plan)
+    grid = _grid("dpmpp_2m", config, plan)
     length = np.diff(grid.log_snr)
     gain = -grid.alpha[1:] * np.expm1(-length)
     return _table("dpmpp_2m", config, grid, grid.sigma[1:] / grid.sigma[:-1], gain)
@@ -24,7 +24,7 @@ def dpmpp_2m(config: ScheduleConfig, plan: Plan) -> Table:
 
 def dpmpp_2m_sde(config: ScheduleConfig, plan: Plan) -> Table:
     """The same with half of the way made by noise."""
-    grid = _grid(config, plan)
+    grid = _grid("dpmpp_2m_sde", config, plan)
     length = np.diff(grid.log_snr)
     decay = np.exp(-length)
     gain = -grid.alpha[1:] * np.expm1(-2 * length)
@@ -34,10 +34,11 @@ def dpmpp_2m_sde(config: ScheduleConfig, plan: Plan) -> Table:
     return replace(table, s=grid.sigma[1:] * np.sqrt(-np.expm1(-2 * length)))
 
 
-def _grid(config: ScheduleConfig, plan: Plan) -> Grid:
+def _grid(name: str, config: ScheduleConfig, plan: Plan) -> Grid:
     if not config.is_flow:
         cosine = config.beta_schedule == "squaredcos_cap_v2"
         return preserving_grid(config, plan, round_karras=not cosine)
+    refuse_respaced(name, config)
     times = 1 - np.linspace(1, 1 / config.num_train_timesteps, plan.steps + 1)
     grid = flow_grid(config, plan, times[:0:-1])
     return replace(grid, times=np.trunc(grid.times))

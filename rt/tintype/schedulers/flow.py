@@ -39,5 +39,10 @@ def stretched(config: ScheduleConfig, times: Float64) -> Float64:
     """Times rescaled about 1 so that the last is `shift_terminal`, where the model asks for it."""
     if not config.shift_terminal:
         return times
+    if len(times) == 1:
+        raise RequestError(
+            f"num_inference_steps=1 is too few for this model's shift_terminal={config.shift_terminal:g}, where the "
+            "last of several steps begins; take at least 2"
+        )
     scale = (1 - config.shift_terminal) / (1 - times[-1])
     return 1 - (1 - times) * float(scale)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tintype.errors import RequestError
-from tintype.schedulers.config import Plan, ScheduleConfig
+from tintype.errors import CheckpointError, RequestError
+from tintype.schedulers.config import SIGMAS, Plan, ScheduleConfig
 from tintype.schedulers.flow import stretched, time_shifted
 from tintype.schedulers.sigmas import (
     Float64,
@@ -109,7 +109,43 @@ def _points(config: ScheduleConfig, steps: int) -> Float64:
 def flow_grid(config: ScheduleConfig, plan: Plan, times: Float64, most: float = 1.0) -> Grid:
     """For straight paths: `times` falling in (0, 1], shifted for the picture's size, at most `most`."""
     shifted = stretched(config, time_shifted(config, times, plan.tokens))
+    _check_ends(config)
     own = respaced(config, shifted[0], shifted[-1], plan.steps)
-    sigmas = np.append(np.minimum(shifted if own is None else own, most), 0.0)
-    told = sigmas[:-1] * config.num_train_timesteps
+    return _straight(config, plan, np.minimum(shifted if own is None else own, most))
+
+
+def karras_flow_grid(config: ScheduleConfig, plan: Plan) -> Grid:
+    """For straight paths: Karras' sigmas of the noise schedule as times of their ratio; no shift has a say."""
+    training = training_sigmas(config)
+    sigmas = respaced(config, training[-1], training[0], plan.steps)
+    assert sigmas is not None
+    return _straight(config, plan, sigmas / (sigmas + 1))
+
+
+def refuse_respaced(name: str, config: ScheduleConfig, *fields: str) -> None:
+    """Refuse distributions for which published solvers put ratios where a straight path has times."""
+    for field in fields or SIGMAS:
+        if getattr(config, field):
+            raise CheckpointError(
+                f"scheduler config: {field} with use_flow_sigmas is not supported by {name}, whose published form "
+                "leaves straight paths there; flow_euler takes it"
+            )
+
+
+def _straight(config: ScheduleConfig, plan: Plan, times: Float64) -> Grid:
+    sigmas = np.append(times, 0.0)
+    told = times * config.num_train_timesteps
     return Grid(told, 1 - sigmas, sigmas).after(plan.start)
+
+
+def _check_ends(config: ScheduleConfig) -> None:
+    """Refuse a least or a largest sigma that is no time of a straight path, where it has a say."""
+    if not any(getattr(config, field) for field in SIGMAS):
+        return
+    for name in ("sigma_min", "sigma_max"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            raise CheckpointError(
+                f"scheduler config: {name}={value!r} is outside (0, 1], in which a flow model's times lie; "
+                "set it to null to leave it to the shift"
+            )

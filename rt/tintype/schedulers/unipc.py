@@ -12,7 +12,13 @@ from dataclasses import replace
 import numpy as np
 
 from tintype.schedulers.config import Plan, ScheduleConfig
-from tintype.schedulers.grids import Grid, flow_grid, preserving_grid
+from tintype.schedulers.grids import (
+    Grid,
+    flow_grid,
+    karras_flow_grid,
+    preserving_grid,
+    refuse_respaced,
+)
 from tintype.schedulers.predict import clean_weights
 from tintype.schedulers.sigmas import Float64
 from tintype.schedulers.table import Table
@@ -42,8 +48,12 @@ def unipc(config: ScheduleConfig, plan: Plan) -> Table:
 def _grid(config: ScheduleConfig, plan: Plan) -> Grid:
     if not config.is_flow:
         return preserving_grid(config, plan, round_karras=True)
-    times = np.linspace(1, 1 / config.num_train_timesteps, plan.steps + 1)[:-1]
-    grid = flow_grid(config, plan, times, most=_MOST_NOISE)
+    refuse_respaced("unipc", config, "use_exponential_sigmas", "use_beta_sigmas")
+    if config.use_karras_sigmas:
+        grid = karras_flow_grid(config, plan)
+    else:
+        times = np.linspace(1, 1 / config.num_train_timesteps, plan.steps + 1)[:-1]
+        grid = flow_grid(config, plan, times, most=_MOST_NOISE)
     return replace(grid, times=np.trunc(grid.times))
 
 

@@ -200,6 +200,17 @@ def test_kinds_are_told_apart_and_make_latents(
     assert tintype.load(path)("red", **REQUEST).images.shape == (1, 16, 4, 4)
 
 
+@pytest.mark.parametrize(("kind", "largest"), [("sd3", 1.16), ("flux-dev", None)])
+def test_a_scheduler_beside_a_file_is_read_as_a_folders_is(
+    write: Write, kind: str, largest: float | None
+) -> None:
+    path = write(kind, whole(kind))
+    (path.parent / "scheduler").mkdir()
+    own = {"_class_name": "UniPCMultistepScheduler", "use_dynamic_shifting": True}
+    (path.parent / "scheduler" / "scheduler_config.json").write_text(json.dumps(own))
+    assert open_checkpoint(path).scheduler_config.get("max_shift") == largest
+
+
 def test_sd3_without_its_t5_is_told_zeros_in_its_place(write: Write) -> None:
     tensors = {key: v for key, v in whole("sd3").items() if not key.startswith(layout.T5)}
     checkpoint = open_checkpoint(write("sd3", tensors))

@@ -88,6 +88,32 @@ def test_a_picture_equals_diffusers_in_every_byte_but_rounding(saved: Any, kind:
     assert np.abs(np.asarray(actual, int) - np.asarray(expected, int)).max() <= 1
 
 
+@pytest.mark.parametrize("ends", [{}, {"max_shift": 1.3}], ids=str)
+@pytest.mark.parametrize("scheduler", ["UniPCMultistep", "FlowMatchEulerDiscrete"])
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_a_largest_shift_left_open_is_the_pipelines_own(
+    saved: Any, tmp_path: Path, kind: str, scheduler: str, ends: dict[str, float]
+) -> None:
+    """Diffusers' FlowMatch class has 1.15 of itself; of others SD3's pipeline takes 1.16, FLUX's 1.15."""
+    folder = shutil.copytree(saved(kind), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", f"{scheduler}Scheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    # The picture's six tokens are the longest, so that the whole shift is told.
+    own = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 6, **ends}
+    if scheduler == "UniPCMultistep":
+        own |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": f"{scheduler}Scheduler", **own}))
+    request = {"prompt": PROMPT, "height": 32, "width": 48, "num_inference_steps": 5}
+    request |= {"guidance_scale": 1.0, "output_type": "latent"}
+    noise = initial_noise(3, (16, 4, 6))[None]
+    expected = theirs(folder, kind)(**request, latents=as_diffusers_wants(noise, kind)).images
+    actual = tintype.load(folder)(**request, latents=noise).images
+    found = as_diffusers_wants(np.asarray(actual), kind)
+    assert relative_error(found, expected) <= LATENTS_20_STEPS
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
 def test_seeds_edits_and_batches_work_as_with_any_model(saved: Any, kind: str) -> None:
     pipeline = tintype.load(saved(kind))

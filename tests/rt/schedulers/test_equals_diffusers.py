@@ -277,6 +277,59 @@ def test_solvers_on_flow(name, steps):
     compare(name, fields, steps)
 
 
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize("fields", [{}, SD1, {"sigma_min": 0.05, "sigma_max": 200.0}], ids=str)
+@pytest.mark.parametrize("steps", STEPS)
+def test_unipc_takes_karras_sigmas_on_flow_from_the_noise_schedule(steps, fields):
+    compare("unipc", {**FLOW, **fields, "use_karras_sigmas": True}, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "sigmas"),
+    [
+        ("unipc", "exponential"),
+        ("unipc", "beta"),
+        *product(("dpmpp_2m", "dpmpp_2m_sde"), ("karras", "exponential", "beta")),
+    ],
+)
+def test_solvers_of_which_theirs_puts_ratios_where_flow_has_times_are_refused(name, sigmas):
+    field = f"use_{sigmas}_sigmas"
+    config, theirs = configured(name, {**FLOW, field: True})
+    theirs.set_timesteps(8)
+    assert theirs.sigmas.max() > 1  # no time of a straight path
+    with pytest.raises(
+        CheckpointError, match=f"{field} with use_flow_sigmas.*by {name}.*flow_euler"
+    ):
+        make_table(name, config, 8)
+
+
+@pytest.mark.parametrize(
+    "ends", [{"sigma_max": 200.0}, {"sigma_min": 0.0}, {"sigma_min": 2}], ids=str
+)
+def test_ends_of_sigmas_that_are_no_times_of_a_straight_path_are_refused(ends):
+    config = {**configured("flow_euler", {"use_karras_sigmas": True})[0], **ends}
+    (name, value) = next(iter(ends.items()))
+    with pytest.raises(CheckpointError, match=rf"{name}={value} is outside \(0, 1\]"):
+        make_table("flow_euler", config, 8)
+    assert len(make_table("flow_euler", {**config, "use_karras_sigmas": False}, 8)) == 8
+
+
+@pytest.mark.parametrize("name", ["flow_euler", "unipc"])
+def test_one_step_has_no_last_time_to_stretch_to(name):
+    """Theirs divides zero by zero."""
+    fields = {"shift_terminal": 0.02, **(FLOW if name == "unipc" else {})}
+    config, theirs = configured(name, fields)
+    theirs.set_timesteps(1)
+    assert not torch.isfinite(theirs.sigmas).all()
+    with pytest.raises(
+        RequestError, match=r"num_inference_steps=1.*shift_terminal=0\.02.*at least 2"
+    ):
+        make_table(name, config, 1)
+    compare(name, fields, 2)
+
+
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sigmas", ["karras", "exponential"])
