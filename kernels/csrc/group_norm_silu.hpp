@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 #include <vector>
 
 #include "parallel.hpp"
@@ -53,7 +54,13 @@ struct GroupStats {
     GroupStats(const Moments& m, float eps)
         : mean(static_cast<float>(m.mean)),
           low(static_cast<float>(m.mean - mean)),
-          rstd(static_cast<float>(1.0 / std::sqrt(m.squares / m.count + eps))) {}
+          rstd(inverse(std::sqrt(m.squares / m.count + eps))) {}
+
+    // NaN where it is too small for a float: by zero, or by what threads that flush it take for zero, nobody would see it.
+    static float inverse(double deviation) {
+        const bool held = 1.0 / deviation >= std::numeric_limits<float>::min();
+        return held ? static_cast<float>(1.0 / deviation) : std::numeric_limits<float>::quiet_NaN();
+    }
 
     void write(float* stats, std::size_t groups) const { stats[0] = mean, stats[groups] = low, stats[2 * groups] = rstd; }
 
@@ -75,6 +82,28 @@ inline float mean_of(const float* x, const float* residual, std::size_t n) {
     float two[2];
     rows().norm->row_sums(x, residual, n, 0.0f, two);
     return two[0] / static_cast<float>(n);
+}
+
+// A group's moments in float64, value by value, from its first; those between two channels and two pixels are given. For
+// values whose squares pass what a float holds.
+inline Moments wide_moments(const NormInputs& in, const NormShape& s, std::size_t sample, std::size_t group,
+                            std::size_t between_channels, std::size_t between_pixels) {
+    const std::size_t first = group * s.per_group(), last = first + s.per_group();
+    const double count = static_cast<double>(s.per_group() * s.pixels);
+    const auto sum = [&](double centre, double power) {
+        double total = 0;
+        for (std::size_t c = first; c < last; ++c)
+            for (std::size_t p = 0; p < s.pixels; ++p) {
+                const std::size_t at = sample * s.sample() + c * between_channels + p * between_pixels;
+                const float* full = in.full(at);
+                const float added = full ? *full : in.shift(sample * s.channels + c);
+                const double away = static_cast<double>(in.x[at]) + added - centre;
+                total += power == 1 ? away : away * away;
+            }
+        return total;
+    };
+    const double mean = sum(0, 1) / count;
+    return {count, mean, sum(mean, 2)};
 }
 
 // ---- contiguous: a channel is a row ----
@@ -105,6 +134,7 @@ inline void norm_group(const NormInputs& in, const NormShape& s, std::size_t sam
             add_row(in.x + row * s.pixels, nullptr, in.shift(row), s.pixels, moments);
     else  // a group's rows lie end to end
         add_row(in.x + first * s.pixels, in.full(first * s.pixels), 0.0f, s.per_group() * s.pixels, moments);
+    if (!std::isfinite(moments.squares)) moments = wide_moments(in, s, sample, group, s.pixels, 1);
     const GroupStats found(moments, in.eps);
     found.write(stats + sample * 3 * s.groups + group, s.groups);
     for (std::size_t row = first; row < last; ++row) {
@@ -191,6 +221,7 @@ struct ChannelsLast {
         Moments total{0, 0, 0};
         for (std::size_t i = n * pieces; i < (n + 1) * pieces; ++i)
             total.merge(moments[i * s.groups + group]);
+        if (!std::isfinite(total.squares)) total = wide_moments(in, s, n, group, 1, s.channels);
         const GroupStats found(total, in.eps);
         found.write(stats + n * 3 * s.groups + group, s.groups);
         float* to = &affine[n * 3 * s.channels];

@@ -104,7 +104,9 @@ private:
 
     ThreadPool() {
         const char* wanted = std::getenv("TINTYPE_NUM_THREADS");
-        const long asked = wanted ? std::strtol(wanted, nullptr, 10) : 0;
+        char* rest = nullptr;
+        long asked = wanted ? std::strtol(wanted, &rest, 10) : 0;
+        if (rest && *rest) asked = 0;  // no number: native.py tells
         const long count = asked > 0 ? asked : static_cast<long>(std::thread::hardware_concurrency());
         set_threads(static_cast<int>(std::min<long>(count, kMostThreads)));
         asked_ = asked > 0;

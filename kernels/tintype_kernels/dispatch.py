@@ -13,6 +13,7 @@ from types import MappingProxyType
 from tintype_kernels import native as extension
 
 VARIABLE = "TINTYPE_KERNELS"
+_FORMS = ("auto", "triton", "native", "reference")
 
 
 class KernelUnavailable(RuntimeError):
@@ -52,6 +53,15 @@ def select(
     raise KernelUnavailable(
         f"{VARIABLE}={wanted} cannot run here{why}; choose one of auto, {', '.join(able)}"
     )
+
+
+def check_requested() -> None:
+    """Refuse a name that no op has a form of, before anything long is begun; whether one can run shows at each call."""
+    wanted = os.environ.get(VARIABLE, "auto") or "auto"
+    if wanted not in _FORMS and not wanted.startswith("triton_"):
+        raise KernelUnavailable(
+            f"{VARIABLE}={wanted} is unknown; choose one of {', '.join(_FORMS)}"
+        )
 
 
 def select_for_arrays(obstacle: str = "") -> str:

@@ -6,7 +6,9 @@ The functions take numpy arrays and torch's CPU tensors, read them where they li
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +22,16 @@ except ImportError as error:
     module, reason = None, f"the C++ extension is not usable: {error}"
 else:
     reason = ""
+
+_THREADS = "TINTYPE_NUM_THREADS"
+_told_threads = os.environ.get(_THREADS, "").lstrip()
+if _told_threads and not (
+    _told_threads.isascii() and _told_threads.isdecimal() and int(_told_threads)
+):
+    warnings.warn(
+        f"{_THREADS}={_told_threads} is ignored; give a whole number of threads, at least 1",
+        stacklevel=2,
+    )
 
 GROUPS = (32, 64, 128)
 

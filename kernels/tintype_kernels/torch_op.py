@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from tintype_kernels import choice, triton_support
+from tintype_kernels import choice, forward_mode, triton_support
 from tintype_kernels import native as extension
 from tintype_kernels.dispatch import interpreting, select
 
@@ -77,7 +76,9 @@ class TorchOp:
 
     def __call__(self, *arguments: Any) -> Any:
         # The dispatcher takes longer than a small op, and here it would only find the body.
-        return self._run(*arguments) if _is_plain(arguments) else self._op(*arguments)
+        if _is_plain(arguments):
+            return self._run(*arguments)
+        return self._with_tangents(*arguments) if forward_mode.is_active() else self._op(*arguments)
 
     def differentiate(
         self, setup_context: Callable[..., None], backward: Callable[..., Any]
@@ -101,6 +102,16 @@ class TorchOp:
         # Triton launches on the current device, also where forms are measured to choose one
         with torch.cuda.device_of(tensor), _as_promised(tensor):  # type: ignore[no-untyped-call]
             return self.implementations[self.form(*arguments)](*arguments)
+
+    def _with_tangents(self, *arguments: Any) -> Any:
+        """The plain form, operator by operator: the dispatcher knows no tangents of an op, and takes them for zeros."""
+        with _as_promised(first_tensor(arguments)):
+            made = self.implementations["reference"](*arguments)
+        if not all(map(is_floating, (made,) if isinstance(made, Tensor) else made)):
+            raise RuntimeError(
+                f"{self.name} rounds to codes, which have no forward-mode derivative; give what reads them numbers"
+            )
+        return made
 
     def _fastest(self, able: list[str], tensor: Tensor, arguments: tuple[Any, ...]) -> str:
         if tensor.device.type != "cuda":
@@ -147,7 +158,7 @@ def is_watched() -> bool:
         or _watchers()
         or _recording() is not None
         or _transform() is not None
-        or forward_ad._current_level >= 0
+        or forward_mode.is_active()
     )
 
 
@@ -186,27 +197,30 @@ def public(reference: Callable[..., Any]) -> Callable[[Function], Function]:
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise unless `tensor` has `shape` and the dtype and device of `like`."""
-    if tuple(tensor.shape) != shape or tensor.dtype != like.dtype or tensor.device != like.device:
+    right = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape
+    if not right or tensor.dtype != like.dtype or tensor.device != like.device:
         raise ValueError(
             f"{name} is {describe(tensor)}, expected {like.dtype}{list(shape)} on {like.device}"
         )
 
 
-def is_floating(tensor: Tensor) -> bool:
-    """Whether kernels compute in the tensor's type."""
-    return tensor.dtype in _FLOATING
+def is_floating(tensor: Any) -> bool:
+    """Whether it is a tensor of a type that kernels compute in."""
+    return isinstance(tensor, Tensor) and tensor.dtype in _FLOATING
 
 
 def check_floating(name: str, tensor: Tensor, ndim: int, channels: int = -1) -> None:
     """Raise unless `tensor` is of a floating type and has `ndim` dimensions, with something in that of `channels`."""
-    if tensor.ndim != ndim or not is_floating(tensor) or not tensor.shape[channels]:
+    if not is_floating(tensor) or tensor.ndim != ndim or not tensor.shape[channels]:
         raise ValueError(
             f"{name} is {describe(tensor)}, expected a floating tensor of {ndim} dimensions with channels"
         )
 
 
-def describe(tensor: Tensor) -> str:
-    """Dtype, shape and device, in the words of an error message."""
+def describe(tensor: Any) -> str:
+    """Dtype, shape and device, in the words of an error message; or the type of what is no tensor."""
+    if not isinstance(tensor, Tensor):
+        return "None" if tensor is None else type(tensor).__name__
     return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
 
 
@@ -223,7 +237,8 @@ def wide(tensor: Tensor) -> Tensor:
 def per_sample(name: str, tensor: Tensor, x: Tensor) -> Tensor:
     """Check a vector that all tokens of a sample share, [b, c] or [b, 1, c] for x [b, t, c]; give it as [b, c]."""
     b, _, c = x.shape
-    check(name, tensor, (b, 1, c) if tensor.ndim == 3 else (b, c), x)
+    middle = isinstance(tensor, Tensor) and tensor.ndim == 3
+    check(name, tensor, (b, 1, c) if middle else (b, c), x)
     return tensor.reshape(b, c)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import tintype_kernels
 from tintype_kernels import KernelUnavailable, implementation, native, philox_uint32
-from tintype_kernels.dispatch import select
+from tintype_kernels.dispatch import check_requested, select
 from tintype_kernels.ops.quantise import quantize_fp8
 
 
@@ -44,6 +44,18 @@ def test_a_name_that_is_none_is_refused(wanted, monkeypatch):
     for call in (lambda: select(triton="", native=""), lambda: quantize_fp8(torch.zeros(2, 32))):
         with pytest.raises(KernelUnavailable, match=f"{wanted} .*choose one of auto, .*reference"):
             call()
+
+
+@pytest.mark.parametrize("wanted", ["", "auto", "triton", "triton_vector", "native", "reference"])
+def test_a_form_of_some_op_may_be_asked_for(wanted, monkeypatch):
+    monkeypatch.setenv("TINTYPE_KERNELS", wanted)
+    check_requested()
+
+
+def test_a_form_of_no_op_is_refused_beforehand(monkeypatch):
+    monkeypatch.setenv("TINTYPE_KERNELS", "warp")
+    with pytest.raises(KernelUnavailable, match="warp is unknown; choose one of auto, triton, nat"):
+        check_requested()
 
 
 def test_an_op_without_a_variant_has_tritons_form(monkeypatch):

@@ -90,6 +90,27 @@ def test_group_norm_of_extremes(last, mean, spread, instruction_set):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("kind", ["none", "channel", "full"])
+@pytest.mark.parametrize("spread", [1e17, 1e19, 1e20, 1e37])
+def test_group_norm_of_what_has_no_square_in_float32(last, kind, spread, instruction_set):
+    how = torch.channels_last if last else torch.contiguous_format
+    x, full = (normal(2, 8, 33, 65).clamp(-1, 1).mul(spread).float() for _ in "xf")
+    x, full = (each.contiguous(memory_format=how) for each in (x, full))
+    residual = {"none": None, "channel": normal(2, 8, 1, 1).mul(spread).float(), "full": full}[kind]
+    weight, bias = normal(8).float(), normal(8).float()
+    out, _ = native.group_norm_silu(x, weight, bias, 2, 1e-5, True, residual)
+    assert norm_error(out, normed(x, weight, bias, 2, residual)) < FLOAT32
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+def test_group_norm_by_more_than_has_an_inverse_is_nan(last, instruction_set):
+    x = normal(2, 8, 33, 65).clamp(-1, 1).mul(3e38).float()
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    ones = torch.ones(8)
+    assert native.group_norm_silu(x, ones, ones, 2, 1e-5, True)[0].isnan().all()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
 def test_a_residual_of_channels_may_take_the_mean_away(last, instruction_set):
     x, residual = normal(2, 8, 9, 11, mean=1e4).float(), normal(2, 8, 1, 1, mean=-1e4).float()
     x = x.contiguous(memory_format=torch.channels_last) if last else x
@@ -221,6 +242,22 @@ def test_more_threads_than_there_can_be_do_no_harm(asked, refused, expected):
     command = [sys.executable, "-c", WORK.format(refused=refused)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(expected), done.stderr
+
+
+@pytest.mark.parametrize("asked", ["abc", "3x", "0", "-1", "1.5"])
+def test_what_is_no_number_of_threads_is_told(asked):
+    script = "from tintype_kernels import native; print(native.threads())"
+    command = [sys.executable, "-c", script]
+    runs = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        for environment in (
+            {**os.environ, "TINTYPE_NUM_THREADS": ""},
+            {**os.environ, "TINTYPE_NUM_THREADS": asked},
+        )
+    ]
+    assert runs[0].stderr == ""
+    assert f"TINTYPE_NUM_THREADS={asked} is ignored; give a whole number of" in runs[1].stderr
+    assert runs[1].stdout == runs[0].stdout
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():

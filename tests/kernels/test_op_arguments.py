@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from kernel_checks import forced, norm_error, normal
 from tintype_kernels import (
+    attention,
     bias_residual,
     gate_residual,
     geglu,
@@ -34,6 +35,24 @@ def test_group_norm_silu_is_what_a_resnet_block_runs():
         norm = block.norm2
         h = group_norm_silu(block.conv1(h), norm.weight, norm.bias, 4, residual=added)
         assert norm_error(x + block.conv2(h), block(x, temb)) < WIDE
+
+
+@pytest.mark.parametrize("form", ["auto", "native", "reference"])
+def test_a_norm_of_one_value_a_group_is_its_bias(form):
+    """PyTorch's own function refuses it."""
+    weight, bias = normal(4).float(), normal(4).float()
+    with forced(form):
+        found = group_norm_silu(normal(1, 4, 1, 1).float(), weight, bias, 4, silu=False)
+    assert torch.equal(found.flatten(), bias)
+
+
+# On chip, and split over blocks.
+@pytest.mark.parametrize("shape", [(1, 2, 6, 6), (1, 2, 130, 131)], ids=str)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, which the interpreter computes by
+def test_squares_that_overflow_in_triton_are_nan_and_not_zeros(shape):
+    x, ones = normal(*shape, spread=1e20).float(), torch.ones(2)
+    with forced("triton"):
+        assert group_norm_silu(x, ones, ones, 1).isnan().all()
 
 
 def test_layer_norm_modulate_is_diffusers_adaptive_norm():
@@ -94,6 +113,16 @@ WRONG = [
     (group_norm_silu, (X4, V[1:], V, 2), r"weight is torch.float32\[5\].*\[6\]"),
     (group_norm_silu, (X4, V, V.half(), 2), r"bias is torch.float16\[6\].*torch.float32"),
     (group_norm_silu, (X4, V, V, 2, 1e-5, True, X4[:1]), r"residual is .*\[1, 6, 4, 4\]"),
+    (group_norm_silu, (X4, None, V, 2), r"weight is None, expected torch.float32\[6\] on cpu"),
+    (group_norm_silu, (X4, V, None, 2), "bias is None, expected"),
+    (group_norm_silu, (None, V, V, 2), "x is None, expected a floating tensor"),
+    (group_norm_silu, (X4.numpy(), V, V, 2), "x is ndarray, expected a floating tensor"),
+    (layer_norm_modulate, (X3, None, X3[:, 0]), r"shift is None, expected .*\[2, 6\]"),
+    (gate_residual, (X3, X3, None), r"gate is None, expected .*\[2, 6\]"),
+    (gate_residual, (X3, None, X3[:, 0]), r"y is None, expected .*\[2, 3, 6\]"),
+    (geglu, (None,), "x is None, expected"),
+    (bias_residual, (X4, None), "bias is None, expected"),
+    (attention, (X4, None, X4), "k is None, expected"),
     (layer_norm_modulate, (X3, V, X3[:, 0]), r"shift is torch.float32\[6\].*\[2, 6\]"),
     (layer_norm_modulate, (X3, X3[:, 0], X3), r"scale is .*\[2, 3, 6\].*\[2, 1, 6\]"),
     (gate_residual, (X3, X3[:1], X3[:, 0]), r"y is .*\[1, 3, 6\].*\[2, 3, 6\]"),

@@ -254,7 +254,11 @@ def test_a_checkpoint_that_cannot_be_placed_so_is_told_in_one_line(
 @pytest.mark.parametrize("arguments", [["--size", "64"], ["--steps", "many"], ["--nonsense"]])
 def test_what_argparse_refuses_is_status_2(tiny_bundle, arguments, capsys):
     assert generate(tiny_bundle, *arguments) == 2
-    assert "error" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("tintype")
+    assert "error: " in error
+    assert error.endswith("--help\n")
+    assert error.count("\n") == 1
 
 
 def test_a_folder_as_output(tiny_bundle, tmp_path, capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tintype_kernels import forward_mode
 from tintype_kernels.ops import attention_products, attention_roles
 from tintype_kernels.ops.attention_backward import empty_gradients, triton_backward
 from tintype_kernels.ops.attention_forward import LOG2_E, WIDEST, empty_outputs, triton_forward
@@ -29,13 +31,20 @@ def reference(
 ) -> Tensor:  # fmt: skip
     """The op in plain PyTorch."""
     seen = None if key_lengths is None else _seen(k, key_lengths)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    out = _attended(q, k, v, seen, scale)
     if key_lengths is not None:  # a row without any key attends to nothing, whatever 0 / 0 gave
         out = out.masked_fill((key_lengths == 0)[:, None, None, None], 0)
     if k_extra is None or v_extra is None:
         return out
-    extra = F.scaled_dot_product_attention(q, k_extra, v_extra, scale=scale)
+    extra = _attended(q, k_extra, v_extra, None, scale)
     return torch.add(out, extra, alpha=extra_scale)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
+    # Of the library's kernels not all know their tangents.
+    plain = sdpa_kernel(SDPBackend.MATH) if forward_mode.is_active() else nullcontext()
+    with plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
 
 def _seen(k: Tensor, key_lengths: Tensor) -> Tensor:

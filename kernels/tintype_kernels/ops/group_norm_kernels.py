@@ -57,6 +57,12 @@ def _norm(h, stats, n, c, C, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @jit
+def _inverse_deviation(variance, eps):
+    """NaN where squares have overflowed: the inverse of infinity makes zeros, which nobody sees."""
+    return tl.where(variance < float("inf"), tl.rsqrt(variance + eps), float("nan"))
+
+
+@jit
 def _store_stats(stats, n, group, mean, low, rstd, GROUPS: tl.constexpr):
     at = stats + n * 3 * GROUPS + group
     tl.store(at, mean)
@@ -83,7 +89,7 @@ def whole_group(
     h = tl.where(mask, h - mean, 0.0)
     low = tl.sum(h) / count
     h = tl.where(mask, h - low, 0.0)
-    rstd = tl.rsqrt(tl.sum(h * h) / count + eps)
+    rstd = _inverse_deviation(tl.sum(h * h) / count, eps)
     _store_stats(stats, n, group, mean, low, rstd, GROUPS)
     _, z, gate = _affine(h * rstd, weight, bias, c, end, SILU)
     return z * gate, n, pixels, c, mask
@@ -167,7 +173,7 @@ def merge_kernel(
     low = tl.sum(away * size) / total
     away -= low
     squares = tl.sum(tl.load(at + 2 * C * splits, mask, 0.0) + away * away * size)
-    rstd = tl.rsqrt(squares / total + eps)
+    rstd = _inverse_deviation(squares / total, eps)
     _store_stats(stats, n, group, mean, low, rstd, GROUPS)
     c, end = group * (C // GROUPS) + tl.arange(0, CHANNELS), (group + 1) * (C // GROUPS)
     gain = rstd * widen(tl.load(weight + c, c < end, 0.0))

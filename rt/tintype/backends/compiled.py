@@ -30,8 +30,12 @@ class Compiled(Generic[K, V]):
         self._lock = threading.Lock()
 
     def begin(self, key: K) -> None:
-        """Make it in a thread of its own: optimising a graph is serial and holds no GIL."""
-        self._future(key, lambda work: threading.Thread(target=work, daemon=True).start())
+        """Make it in a thread of its own: optimising a graph is serial and holds no GIL.
+
+        An interpreter that ends waits for the thread: a daemon would be ended inside the runtime's C++, which aborts
+        the process.
+        """
+        self._future(key, _in_a_thread)
 
     def get(self, key: K) -> V:
         """The thing, made here where nobody has begun to."""
@@ -50,8 +54,16 @@ class Compiled(Generic[K, V]):
         try:
             if (make := self._make()) is not None:  # else nobody is left to ask for it
                 future.set_result(make(key))
-        except Exception as error:  # whoever waits for it gets it
+        except BaseException as error:  # whoever waits for it gets it, an interruption, too
             future.set_exception(error)
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    try:
+        threading.Thread(target=work).start()
+    except RuntimeError:
+        # No more threads, or an interpreter that is ending: who asks for it shall not wait forever.
+        work()
 
 
 def cores() -> int:

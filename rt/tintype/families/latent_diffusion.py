@@ -84,21 +84,19 @@ class LatentDiffusion:
         return channels, height // self.factor, width // self.factor
 
     def check(self, request: ImageRequest) -> None:
-        """Refuse what cannot be run, and begin to make ready what will be."""
+        """Refuse what cannot be run, and only then begin to make ready what will be."""
         self._check_edit(request)
+        walked: list[tuple[str, str]] = []
         for each in _passes(request):
             self._check_size(each.width, each.height)
             table = self._table(each)
-            guidance = self._guidance(each, table)
-            for stage in self.text.stages:
-                self.backend.compile(stage, self.text.profile(stage))
-            for stage, profile in self._denoising(each, table, guidance):
-                self.backend.compile(stage, profile)
+            walked += self._denoising(each, table, self._guidance(each, table))
         require_latents(request, self.latent_shape(*_first_size(request)))
+        texts = [(stage, self.text.profile(stage)) for stage in self.text.stages]
+        pictured = ["encode_image", "decode"] if request.image is not None else ["decode"]
         name = Profile(request.width, request.height, 1).name
-        if request.image is not None:
-            self.backend.compile("encode_image", name)
-        self.backend.compile("decode", name)
+        for stage, profile in [*texts, *walked, *((stage, name) for stage in pictured)]:
+            self.backend.compile(stage, profile)
 
     def evaluations(self, request: ImageRequest) -> int:
         """How often the denoiser is asked for one picture."""

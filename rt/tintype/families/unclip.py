@@ -81,21 +81,19 @@ class Unclip:
         return int(self.defaults["latent_channels"]), height // self.factor, width // self.factor
 
     def check(self, request: ImageRequest) -> None:
-        """Refuse what cannot be run, and begin to make ready what will be."""
+        """Refuse what cannot be run, and only then begin to make ready what will be."""
         self._check_kind(request)
         if not self.runs(request.width, request.height):
             raise ProfileError(
                 f"size {request.width}x{request.height} is not in this model; it draws {self._size}"
             )
         require_latents(request, self.latent_shape(request.width, request.height))
-        for stage in self.text.stages:
-            self.backend.compile(stage, self.text.profile(stage))
+        walked = [each for leg in self._legs(request) for each in self._walking(request, leg)]
+        texts = [(stage, self.text.profile(stage)) for stage in self.text.stages]
         whole = ("embed_image", "project") if _varies(request) else ("embed", "project")
-        for stage in whole:
-            self.backend.compile(stage, _profile(request))
-        for leg in self._legs(request):
-            for stage, profile in self._walking(request, leg):
-                self.backend.compile(stage, profile)
+        between = [(stage, _profile(request)) for stage in whole]
+        for stage, profile in [*texts, *between, *walked]:
+            self.backend.compile(stage, profile)
 
     def evaluations(self, request: ImageRequest) -> int:
         """How often a model is asked for one picture."""

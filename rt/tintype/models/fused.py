@@ -1,7 +1,8 @@
 """What models compute by `tintype_kernels`' fused ops where those serve, and by PyTorch's own operators elsewhere.
 
 They serve on GPUs that Triton runs on; GroupNorm on CPUs, too, where no gradient is asked for. They do not while a
-model is exported, unless told to be kept: a graph of plain operators is what engines fuse for themselves.
+model is exported, unless told to be kept: a graph of plain operators is what engines fuse for themselves. Nor do they
+while somebody differentiates forwards, as `torch.func.jvp` does.
 
 Where all `readers` of what an op makes take it in the same 8-bit codes, the op itself writes those, once for all.
 """
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tintype.models.stacked import is_stack_of
+from tintype_kernels import forward_mode
 from tintype_kernels.scheduler_step import Row, reference
 
 if TYPE_CHECKING:
@@ -173,7 +175,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
         if op.is_preferred(q, k, v):
             return op.attention(q, k, v)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or forward_mode.is_active():
+        # of the library's kernels not all know their tangents
         return _plain_attention(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, bias)
 
@@ -375,7 +378,8 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 
 def _serves(x: Tensor, op: str = "") -> bool:
     on_gpu = x.is_cuda and _has_triton() and not torch.compiler.is_exporting()
-    return on_gpu or op in _KEPT.get()
+    # PyTorch's own operators know their tangents.
+    return (on_gpu and not forward_mode.is_active()) or op in _KEPT.get()
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module], x: Any) -> bool:
@@ -396,8 +400,9 @@ def _is_watched(layer: nn.Module) -> bool:
 
 
 def _inferring() -> bool:
-    """Whether nobody asks for a gradient or traces."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether nobody asks for a gradient or a tangent, or traces."""
+    differentiating = torch.is_grad_enabled() or forward_mode.is_active()
+    return not differentiating and not torch.compiler.is_compiling()
 
 
 def _codes_for(x: Tensor, readers: Readers) -> str:
