@@ -57,7 +57,7 @@ def load_module(
         for number, file in enumerate(shapes)
         for key, stored in file.items()
         if not is_scale(key)
-        for target in weights.translate(key)
+        for target in weights.targets(weights.files[number], key)
     }
     _check_complete(name, expected, pieces, weights.files)
     state: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ def parameters(weights: Weights, path: Path) -> Iterator[tuple[str, Tensor]]:
         for key in file.keys():  # noqa: SIM118 - it is no mapping
             if is_scale(key):
                 continue
-            for target in weights.translate(key):
+            for target in weights.targets(path, key):
                 stored = _stored(file, key)
                 yield target.name, cut(stored, target, stored.dtype, "cpu")
 

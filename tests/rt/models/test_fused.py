@@ -22,7 +22,8 @@ from tintype.models.quantised import (
     round_linears,
 )
 from tintype.models.sd3 import SD3Config, SD3Transformer
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 from tintype_kernels.torch_op import TorchOp
 from tolerances import KERNEL_NORM, LINEAR_INT8, QUANTISED_GRAPH, relative_error
 

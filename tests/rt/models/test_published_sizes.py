@@ -11,7 +11,8 @@ from torch import nn
 from tintype.checkpoints.diffusers import text_encoder_key
 from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tintype.models.clip import CLIPTextConfig, CLIPTextEncoder
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 from tintype_bench import published_configs as published
 
 
