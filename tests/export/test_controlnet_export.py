@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 import small_checkpoints
 import tintype
 from remembered_traces import GUIDED, remembered_trace
+from tintype.backends.graphs import read_graph
+from tintype.backends.remembering import parted
 from tintype.bundle import open_bundle
 from tintype.checkpoints.lora_files import Lora
 from tintype.cli import main
@@ -117,6 +119,19 @@ def test_a_bundle_says_what_it_was_made_of_and_is_verified_against_that(
     assert main([*against, "--controlnet", str(controlnet)]) == 0
     assert main(against) == 2
     assert "--controlnet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("exported", ["fp32"], indirect=True)
+@pytest.mark.parametrize(
+    ("stage", "profile"), [("denoise", "16x16-b2"), ("guided_step", "16x16-b1")]
+)
+def test_a_picture_is_embedded_once_for_all_steps(exported, stage, profile):
+    bundle = open_bundle(exported[0])
+    parts = parted(read_graph(bundle, bundle.stages[stage][profile]))
+    embedding = b"controlnet_cond_embedding.conv_out.weight"
+    assert embedding in parts.remember
+    assert embedding not in parts.recall
+    assert b"controlnet_mid_block.weight" in parts.recall
 
 
 @pytest.mark.parametrize("exported", ["fp32"], indirect=True)
