@@ -67,7 +67,7 @@ class ExportConfig:
     sm_89, to the graphs; ``plain`` builds one of the plain denoiser, too, beside those with the sampler's step, and
     ``weightless`` ones are filled with the bundle's weights when they are loaded; ``kernels`` are ops that engines take
     from us.
-    ``batches`` are the pictures of a call; ``controlnet`` is a folder of what steers them. In codes, ``calibration``
+    ``batches`` are the pictures of a call; ``controlnet`` is where what steers them lies. In codes, ``calibration``
     None rounds weights alone; ``group`` is int4's.
     """
 

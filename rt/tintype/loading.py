@@ -56,8 +56,8 @@ def load(  # noqa: PLR0913 - they are what users type
     `lora` is a file of low-rank updates, or several, each as FILE or FILE:SCALE; bundles in fp32, fp16, bf16 and int8
     take them, too, and of TensorRT's engines those without weights.
     `without` names text encoders to leave out, such as "text_encoder_3", the T5 of SD3 and most of its memory.
-    `controlnet` is the folder of a ControlNet in diffusers' layout, which steers a checkpoint of Stable Diffusion 1, 2
-    or XL by a picture; a bundle that was exported with one has it in it.
+    `controlnet` is a ControlNet, a folder in diffusers' layout or a file in the original one, which steers a checkpoint
+    of Stable Diffusion 1, 2 or XL by a picture; a bundle that was exported with one has it in it.
     `offload` "model" keeps one component on the device at a time, "sequential" one block and the next; `vae_tiling`
     encodes and decodes in overlapping tiles; `attention_slicing` bounds the scores that attention holds where the
     device has no fused kernel for it, and changes nothing elsewhere. All three are for checkpoints; `tintype inspect

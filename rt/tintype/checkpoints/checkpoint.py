@@ -85,7 +85,7 @@ class Checkpoint:
         return replace(self, updates=(*self.updates, *fit(self, loras)))
 
     def steered_by(self, controlnet: Path, *, allow_pickle: bool = False) -> Checkpoint:
-        """The checkpoint with the ControlNet in this folder; CheckpointError where it does not fit."""
+        """The checkpoint with the ControlNet in this folder or file; CheckpointError where it does not fit."""
         from tintype.checkpoints.controlnet import steered
 
         return steered(self, controlnet, allow_pickle)

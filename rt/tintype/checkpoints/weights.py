@@ -51,7 +51,7 @@ def load_module(
     with torch.device("meta"):  # no memory and no random numbers for values about to be replaced
         module = build()
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    shapes = [_shapes(path, weights.allow_pickle) for path in weights.files]
+    shapes = [stored_shapes(path, weights.allow_pickle) for path in weights.files]
     pieces = {
         target.name: _Piece(number, key, target, target.shape(stored))
         for number, file in enumerate(shapes)
@@ -111,7 +111,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
+def stored_shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a file; CheckpointError for a pickle that was not asked for."""
     check_pickle(path, allow_pickle)
     if path.suffix in PICKLES:
         return {key: tuple(value.shape) for key, value in read_pickle(path).items()}

@@ -11,8 +11,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from PIL import Image
+from safetensors.torch import save_file
 
+import original_layout
 import small_checkpoints
 import tintype
 from tintype.errors import CheckpointError, RequestError
@@ -144,6 +147,40 @@ def test_a_saved_pipeline_brings_its_controlnet(
     assert (tintype.load(tmp_path)(**asked).images == apart(**asked).images).all()
     with pytest.raises(CheckpointError, match="has a ControlNet; one at a time"):
         tintype.load(tmp_path, controlnet=steering("sd1"))
+
+
+def original_names(part: diffusers.ControlNetModel) -> dict[str, str]:
+    """Our names of an SD 1 ControlNet's parameters by those of the original layout, out of diffusers' own converter."""
+    layout = original_layout.controlnet(original_layout.SMALL["sd1"].unet, (16, 32, 96, 256))
+    marks = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(layout)}
+    numbered = list(marks)
+    found = convert_controlnet_checkpoint(dict(marks), dict(part.config))
+    return {numbered[int(value.flatten()[0])]: name for name, value in found.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "control_model."])
+def test_a_file_of_the_original_layout_steers_alike(
+    prefix: str, saved: Saved, steering: Callable[[str], Path], tmp_path: Path
+) -> None:
+    part = diffusers.ControlNetModel.from_pretrained(steering("sd1"))
+    state = part.state_dict()
+    named = {prefix + original: state[name] for original, name in original_names(part).items()}
+    assert len(named) == len(state)
+    save_file(
+        {name: value.contiguous() for name, value in named.items()}, tmp_path / "edges.safetensors"
+    )
+    asked = {**REQUEST, "seed": 3, "control_image": shown()}
+    expected = tintype.load(saved("sd1"), controlnet=steering("sd1"))(**asked).images
+    pipe = tintype.load(saved("sd1"), controlnet=tmp_path / "edges.safetensors")
+    assert (pipe(**asked).images == expected).all()
+
+
+def test_a_file_that_is_no_controlnet_is_refused(saved: Saved, tmp_path: Path) -> None:
+    save_file({"lora_controlnet": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="holds no ControlNet in the original layout"):
+        tintype.load(saved("sd1"), controlnet=tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        tintype.load(saved("sd1"), controlnet=tmp_path / "nowhere")
 
 
 def test_the_picture_gives_the_size(saved: Saved, steering: Callable[[str], Path]) -> None:
