@@ -64,7 +64,10 @@ def register(subparsers: Any) -> None:
         help="tensorrt, the package of that name: ops whose kernels engines take from us, such as group_norm_silu",
     )
     parser.add_argument(
-        "--controlnet", type=Path, metavar="FOLDER", help="what steers the model by a picture"
+        "--controlnet",
+        type=Path,
+        metavar="CN",
+        help="folder or file of what steers the model by a picture",
     )
     parser.add_argument(
         "--lora",

@@ -30,7 +30,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--controlnet",
         type=Path,
-        metavar="FOLDER",
+        metavar="CN",
         help="what it was exported with beside that checkpoint",
     )
     parser.add_argument("--backend", default="auto", help="see `tintype inspect`")

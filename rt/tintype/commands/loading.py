@@ -46,8 +46,8 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--controlnet",
-        metavar="FOLDER",
-        help="what steers a checkpoint by a picture, see --control",
+        metavar="CN",
+        help="folder or file of what steers a checkpoint by a picture, see --control",
     )
     parser.add_argument(
         "--offload", help="what waits on the host while it is not used: model, sequential"
