@@ -29,6 +29,18 @@ def test_unet_names_and_shapes_equal_diffusers(model: str) -> None:
     assert shapes(ours) == shapes(theirs)
 
 
+@pytest.mark.parametrize("model", published.UNETS)
+def test_a_controlnet_beside_a_unet_has_the_names_and_shapes_of_diffusers(model: str) -> None:
+    config = published.UNETS[model]
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+        theirs = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        ours = UNet(UNetConfig.from_json({**config, "controlnet": dict(theirs.config)}))
+    assert shapes(ours.controlnet) == shapes(theirs)
+    if model == "sd15":  # 361 million, as published
+        assert sum(each.numel() for each in ours.controlnet.parameters()) == 361_279_120
+
+
 @pytest.mark.parametrize("model", published.VAES)
 def test_vae_names_and_shapes_equal_diffusers(model: str) -> None:
     config = published.VAES[model]
