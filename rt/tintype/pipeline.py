@@ -19,7 +19,7 @@ from tintype.errors import Cancelled, RequestError, TintypeError
 from tintype.families.conditioning import Conditioning
 from tintype.families.latent_diffusion import LatentDiffusion
 from tintype.families.unclip import Unclip
-from tintype.guidance import Scale, check_scale
+from tintype.guidance import Scale, as_number, check_scale
 from tintype.images import Floats, to_pil
 from tintype.request import Cascade, ImageRequest, share, spread, starts, whole_number
 from tintype.schedulers import default_name
@@ -320,9 +320,10 @@ def _strength(
 
 
 def _control_scale(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+    number = as_number(value)
+    if not isfinite(number):
         raise RequestError(f"controlnet_conditioning_scale={value!r} is not a finite number")
-    return float(value)
+    return number
 
 
 def _sides(size: Any) -> tuple[int, int]:
