@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -80,6 +80,25 @@ def _transformer(name: str, channels: int, depth: int, spec: UNetSpec) -> Named:
 
 def unet(spec: UNetSpec) -> Named:
     """The UNet's tensors, numbered through as the original builds them."""
+    widths = yield from _encoder(spec)
+    yield from _decoder(spec, widths)
+
+
+def controlnet(spec: UNetSpec, hints: tuple[int, ...]) -> Named:
+    """A ControlNet's: a UNet's first half, what reads the picture in ``hints`` widths, and what is born zero."""
+    skips = yield from _encoder(spec)
+    widths = [3, *chain.from_iterable(zip(hints, hints, strict=True))][:-1]
+    for number, (before, after) in enumerate(pairwise(widths)):
+        yield from weight_and_bias(f"input_hint_block.{2 * number}", after, before, 3, 3)
+    last = 4 * len(hints) - 2
+    yield from weight_and_bias(f"input_hint_block.{last}", spec.channels, hints[-1], 3, 3)
+    for number, width in enumerate(skips):
+        yield from weight_and_bias(f"zero_convs.{number}.0", width, width, 1, 1)
+    yield from weight_and_bias("middle_block_out.0", skips[-1], skips[-1], 1, 1)
+
+
+def _encoder(spec: UNetSpec) -> Generator[tuple[str, Shape], None, list[int]]:
+    """The way down and the middle; returns the widths on the way."""
     first, time = spec.channels, 4 * spec.channels
     yield from weight_and_bias("time_embed.0", time, first)
     yield from weight_and_bias("time_embed.2", time, time)
@@ -104,7 +123,12 @@ def unet(spec: UNetSpec) -> Named:
     yield from _resnet("middle_block.0", width, width, time)
     yield from _transformer("middle_block.1", width, spec.middle_depth, spec)
     yield from _resnet("middle_block.2", width, width, time)
-    number = 0
+    return skips
+
+
+def _decoder(spec: UNetSpec, skips: list[int]) -> Named:
+    first, time, width, number = spec.channels, 4 * spec.channels, skips[-1], 0
+    levels = list(zip(spec.multipliers, spec.depths, strict=True))
     for level, (multiplier, depth) in reversed(list(enumerate(levels))):
         for block in range(spec.blocks + 1):
             c_in, parts = width + skips.pop(), 1

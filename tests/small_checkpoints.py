@@ -99,6 +99,16 @@ def _levels(*widths: int) -> dict[str, Any]:
     }
 
 
+def controlnet(unet: diffusers.UNet2DConditionModel, **changes: Any) -> diffusers.ControlNetModel:
+    """A ControlNet for a UNet, of which every layer has its say: those that are born zero, and the picture's."""
+    torch.manual_seed(3)
+    made = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False, **changes)
+    for name, weight in made.named_parameters():
+        if weight.ndim > 1 and ("cond_embedding" in name or not weight.any()):
+            torch.nn.init.normal_(weight, std=(4 / weight[0].numel()) ** 0.5)
+    return made
+
+
 def parts(kind: str) -> dict[str, Any]:
     """The components of a small model of `kind`, as its diffusers pipeline takes them."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +39,15 @@ from .qdq import OUTPUT_SCALE, quantise_graph
 from .quantisation import Quantised, plan
 from .report import BUDGETS
 from .sensitivity import suspects
-from .storage import Precision, Store, precision, store_weights, stored_bytes, weight_bytes
+from .storage import (
+    Precision,
+    Store,
+    precision,
+    store_weights,
+    stored_bytes,
+    weight_bytes,
+    weight_files,
+)
 from .tensorrt import build_engines
 from .verify import budget_of, require, verify
 from .writing import gigabytes, require_room, written_whole
@@ -58,7 +67,8 @@ class ExportConfig:
     sm_89, to the graphs; ``plain`` builds one of the plain denoiser, too, beside those with the sampler's step, and
     ``weightless`` ones are filled with the bundle's weights when they are loaded; ``kernels`` are ops that engines take
     from us.
-    ``batches`` are the pictures of a call. In codes, ``calibration`` None rounds weights alone; ``group`` is int4's.
+    ``batches`` are the pictures of a call; ``controlnet`` is where what steers them lies. In codes, ``calibration``
+    None rounds weights alone; ``group`` is int4's.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -71,6 +81,7 @@ class ExportConfig:
     weightless: bool = False
     kernels: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1,)
+    controlnet: Path | None = None
     loras: tuple[Lora, ...] = ()
     calibration: Calibration | None = field(default_factory=Calibration)
     group: int = 64
@@ -107,6 +118,8 @@ def export_bundle(
 ) -> Path:
     """Export the checkpoint ``source``, a folder or a single file, to the bundle ``target``; nothing half is left."""
     checkpoint = open_checkpoint(source)
+    if config.controlnet is not None:
+        checkpoint = checkpoint.steered_by(config.controlnet)
     if checkpoint.family not in FAMILIES:
         raise CheckpointError(
             f"{source} is a {checkpoint.family}; export writes {', '.join(FAMILIES)}; run it with backend='torch'"
@@ -172,16 +185,10 @@ def write_bundle(
 
 def _source(checkpoint: Checkpoint, store: Store) -> dict[str, Any]:
     """What the bundle was made of: the weights' files by component, each with its size and hash."""
+    weights = dict(chain.from_iterable(weight_files(checkpoint, n) for n in checkpoint.components))
     if not checkpoint.source.is_dir():
-        return {
-            "name": checkpoint.source.name,
-            "files": {checkpoint.source.name: describe(checkpoint.source)},
-        }
-    weights = {
-        f"{name}/{path.name}": path
-        for name, part in checkpoint.components.items()
-        for path in part.weights.files
-    }
+        beside = {name: path for name, path in weights.items() if path != checkpoint.source}
+        weights = {checkpoint.source.name: checkpoint.source, **beside}
     # What was copied has been hashed on the way.
     files = {name: store.files.get(name) or describe(path) for name, path in weights.items()}
     return {"name": checkpoint.source.name, "files": files}

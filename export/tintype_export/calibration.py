@@ -20,6 +20,8 @@ from tintype.loading import checkpoint_pipeline
 from tintype.models.quantised import may_round_output, quantisable
 from tintype.models.stage import Stage
 
+from .pictures import shown
+
 # Short sentences of what pictures are asked for most: places, animals, people, things, weather, styles.
 PROMPTS = (
     "a red lighthouse on a rocky coast at dusk",
@@ -98,6 +100,7 @@ def calibrate(
     pipe = checkpoint_pipeline(checkpoint, device="cpu", dtype="float32", offload=offload)
     backend = pipe.family.backend
     assert isinstance(backend, TorchBackend)
+    width, height = checkpoint.defaults["width"], checkpoint.defaults["height"]
     calls = {"denoise": config.steps, "decode": len(_STRETCHES), "enlarge_last": 1}
     if checkpoint.family == "unclip":
         settings = checkpoint.defaults
@@ -110,7 +113,15 @@ def calibrate(
             rows = max(1, config.rows // (calls[name] * len(config.prompts)))
             found[name] = stage, watches.enter_context(_watched(stage, rows))
         for seed, prompt in enumerate(config.prompts):
-            made = pipe(prompt, seed=seed, num_inference_steps=config.steps, output_type="latent")
+            pictures = shown(pipe.family, width, height, seed)
+            made = pipe(
+                prompt,
+                seed=seed,
+                num_inference_steps=config.steps,
+                output_type="latent",
+                image=pictures.get("image"),
+                control_image=pictures.get("control_image"),
+            )
             give_back_memory()
             for stretch in _STRETCHES if "decode" in stages else ():
                 backend.run("decode", "", {"latents": stretch * np.asarray(made.images)})

@@ -64,6 +64,12 @@ def register(subparsers: Any) -> None:
         help="tensorrt, the package of that name: ops whose kernels engines take from us, such as group_norm_silu",
     )
     parser.add_argument(
+        "--controlnet",
+        type=Path,
+        metavar="CN",
+        help="folder or file of what steers the model by a picture",
+    )
+    parser.add_argument(
         "--lora",
         nargs="+",
         default=[],
@@ -148,6 +154,7 @@ def run(options: argparse.Namespace) -> None:
         kernels=tuple(options.kernels),
         loras=tuple(Lora.parse(text) for text in options.lora),
         batches=tuple(options.batch),
+        controlnet=options.controlnet,
         tolerance_db=options.tolerance,
         defaults={name: value for name, value in asked.items() if value is not None},
         calibration=_calibration(options.calibration_prompts, options.calibration_steps),

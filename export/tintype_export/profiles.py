@@ -98,6 +98,8 @@ def example_inputs(
         # every coefficient counts, as a row of unipc's has them
         "row": lambda: step_row(500.0, 0.9, _ROW)[None].repeat(rows, axis=0),
         "image": lambda: rng.random((rows, found.height, found.width, 3), np.float32),
+        "control": lambda: rng.random((rows, found.height, found.width, 3), np.float32),
+        "control_scale": lambda: rng.uniform(0.5, 1, rows).astype(np.float32),
     }
     if checkpoint.family == "unclip":
         makers = {**makers, **_cascade_makers(checkpoint, stage, found, normal)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,7 @@ import torch
 from tintype.backends.torch import made_safe
 from tintype.bundle import MANIFEST, describe
 from tintype.checkpoints import Checkpoint
+from tintype.checkpoints.controlnet import PART as CONTROLNET
 from tintype.checkpoints.files import PICKLES, Weights
 from tintype.checkpoints.weights import stored_type
 from tintype.errors import RequestError
@@ -81,7 +82,7 @@ def store_weights(
     quantised: Mapping[str, Quantised] = MappingProxyType({}),
 ) -> Store:
     """Write the checkpoint's weights, those of ``quantised`` in codes, tokenizers and terms into ``root``."""
-    if kept.stored is None and checkpoint.source.is_dir():
+    if kept.stored is None and _copies(checkpoint):
         return _copied(checkpoint, root)
     texts = [*checkpoint.tokenizer_folders, *_terms(checkpoint.source)]
     files = {name: copy_described(path, root / name) for name, path in _flattened(texts)}
@@ -106,7 +107,7 @@ def store_weights(
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """At most how many bytes `store_weights` writes."""
-    if not checkpoint.source.is_dir():
+    if not _copies(checkpoint):
         return sum(weight_bytes(part.weights) for part in checkpoint.components.values())
     names = wanted_files(checkpoint)
     return sum((checkpoint.source / name).stat().st_size for name in names)
@@ -136,17 +137,37 @@ def wanted_files(checkpoint: Checkpoint) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if wanted(path))
 
 
+def _copies(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is a folder that says all of it: a ControlNet from elsewhere is in no index, nor is one
+    whose weights were merged into the UNet's file."""
+    source, unet = checkpoint.source, checkpoint.components.get("unet")
+    if unet is None or CONTROLNET not in unet.config:
+        return source.is_dir()
+    apart = unet.weights.apart
+    return source.is_dir() and bool(apart) and all(path.is_relative_to(source) for path in apart)
+
+
 def _copied(checkpoint: Checkpoint, root: Path) -> Store:
     source = checkpoint.source
     files = {name: copy_described(source / name, root / name) for name in wanted_files(checkpoint)}
     tensors = {}
     for name, part in checkpoint.components.items():
-        copies = tuple(root / name / path.name for path in part.weights.files)
-        for path, copy in zip(part.weights.files, copies, strict=True):
+        copies = {path: root / name for name, path in weight_files(checkpoint, name)}
+        for path, copy in copies.items():
             if not path.is_relative_to(source):  # merged, and lying elsewhere
-                files[f"{name}/{path.name}"] = copy_described(path, copy)
-        tensors[name] = stored_tensors(root, Weights(copies, part.weights.translate))
+                files[copy.relative_to(root).as_posix()] = copy_described(path, copy)
+        apart = {copies[path]: translate for path, translate in part.weights.apart.items()}
+        weights = Weights(tuple(copies.values()), part.weights.translate, apart=apart)
+        tensors[name] = stored_tensors(root, weights)
     return Store(files, tensors)
+
+
+def weight_files(checkpoint: Checkpoint, component: str) -> Iterator[tuple[str, Path]]:
+    """A component's files, each with the name that it has in a bundle."""
+    weights = checkpoint.components[component].weights
+    for path in weights.files:
+        folder = CONTROLNET if path in weights.apart else component
+        yield f"{folder}/{path.name}", path
 
 
 def _terms(source: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from tintype.models.stages import stage_component
 from tintype.pipeline import Pipeline
 from tintype.request import CASCADE
 
+from .pictures import shown
 from .profiles import example_inputs
 from .quality import psnr, ssim
 from .report import BUDGETS, Budget, PictureReport, Report, StageReport
@@ -157,8 +158,7 @@ def _picture_report(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Pic
     }
     settings |= {name: bundle.defaults[name] for name in CASCADE if name in bundle.defaults}
     engine = bundle_pipeline(bundle, backend)
-    if engine.family.needs == ("image",):
-        settings["image"] = _gradient()
+    settings |= shown(engine.family, settings["width"], settings["height"])
     picture, latents = _drawn(engine, _SEED, settings)
     other, _ = _drawn(engine, _SEED + 1, settings)
     del engine
@@ -175,12 +175,6 @@ def _picture_report(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Pic
         other_seed_ssim=ssim(other, expected),
         latents_error=[float(np.linalg.norm(a - e) / np.linalg.norm(e)) for a, e in pairs],
     )
-
-
-def _gradient() -> NDArray[np.float32]:
-    """A picture [1, 256, 256, 3] for models that vary one: red to the right, green downwards."""
-    right, down = np.meshgrid(*[np.linspace(0, 1, 256, dtype=np.float32)] * 2)
-    return np.stack([right, down, np.full_like(right, 0.5)], axis=-1)[None]
 
 
 def _drawn(

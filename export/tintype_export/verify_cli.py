@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tintype.errors import BackendUnavailable, BundleError, RequestError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tintype.bundle import Bundle
     from tintype.checkpoints import Checkpoint
 
@@ -27,6 +26,12 @@ def register(subparsers: Any) -> None:
         "--against",
         metavar="MODEL",
         help="the checkpoint that it came from; by default the one in the bundle's own folder",
+    )
+    parser.add_argument(
+        "--controlnet",
+        type=Path,
+        metavar="CN",
+        help="what it was exported with beside that checkpoint",
     )
     parser.add_argument("--backend", default="auto", help="see `tintype inspect`")
     parser.add_argument(
@@ -47,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
 
     bundle = open_bundle(resolve(options.bundle), remember=False)
     source = _checkpoint_folder(bundle.folder, options.against)
-    report, budget = _verify(bundle, source, options.backend, options.prompts)
+    controlnet = options.controlnet
+    report, budget = _verify(bundle, source, controlnet, options.backend, options.prompts)
     faults = report.faults(budget)
     if options.json:
         print(json.dumps({"bundle": str(bundle.folder), **report.as_json(), "faults": faults}))
@@ -82,7 +88,9 @@ def _checkpoint_folder(bundle: Path, against: str | None) -> Path:
     return bundle
 
 
-def _verify(bundle: Bundle, source: Path, backend: str, prompts: int) -> tuple[Report, Budget]:
+def _verify(
+    bundle: Bundle, source: Path, controlnet: Path | None, backend: str, prompts: int
+) -> tuple[Report, Budget]:
     try:
         from tintype.checkpoints import open_checkpoint
 
@@ -92,6 +100,8 @@ def _verify(bundle: Bundle, source: Path, backend: str, prompts: int) -> tuple[R
             f'verify needs {error.name}, which is absent; install it with: pip install "tintype[export]"'
         ) from error
     checkpoint = open_checkpoint(source)
+    if controlnet is not None:
+        checkpoint = checkpoint.steered_by(controlnet)
     _check_source(bundle, checkpoint)
     return verify(bundle, checkpoint, backend, prompts), budget_of(bundle)
 
@@ -107,4 +117,10 @@ def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
         raise RequestError(
             f"{checkpoint.source} is not what {bundle.folder} was exported from: it is a {checkpoint.family} with "
             f"{', '.join(given)}, and the bundle a {bundle.family} with {', '.join(own)}"
+        )
+    if bool(bundle.defaults.get("steered")) != bool(checkpoint.defaults.get("steered")):
+        has = "has" if bundle.defaults.get("steered") else "has not"
+        raise RequestError(
+            f"{bundle.folder} {has} a ControlNet in it, other than {checkpoint.source}; name with --controlnet the one "
+            "that it was exported with, if any"
         )

@@ -40,6 +40,7 @@ def load(  # noqa: PLR0913 - they are what users type
     batch_invariant: bool | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     without: Collection[str] = (),
+    controlnet: str | Path | None = None,
     offload: str | None = None,
     vae_tiling: bool = False,
     attention_slicing: bool = False,
@@ -55,6 +56,8 @@ def load(  # noqa: PLR0913 - they are what users type
     `lora` is a file of low-rank updates, or several, each as FILE or FILE:SCALE; bundles in fp32, fp16, bf16 and int8
     take them, too, and of TensorRT's engines those without weights.
     `without` names text encoders to leave out, such as "text_encoder_3", the T5 of SD3 and most of its memory.
+    `controlnet` is a ControlNet, a folder in diffusers' layout or a file in the original one, which steers a checkpoint
+    of Stable Diffusion 1, 2 or XL by a picture; a bundle that was exported with one has it in it.
     `offload` "model" keeps one component on the device at a time, "sequential" one block and the next; `vae_tiling`
     encodes and decodes in overlapping tiles; `attention_slicing` bounds the scores that attention holds where the
     device has no fused kernel for it, and changes nothing elsewhere. All three are for checkpoints; `tintype inspect
@@ -68,6 +71,7 @@ def load(  # noqa: PLR0913 - they are what users type
         choose(backend, "bundle")  # an absent backend is told before gigabytes are hashed
         asked = _for_checkpoints(
             without=without,
+            controlnet=controlnet,
             offload=offload,
             vae_tiling=vae_tiling,
             attention_slicing=attention_slicing,
@@ -84,6 +88,8 @@ def load(  # noqa: PLR0913 - they are what users type
         open_bundle(path)  # whose files are the checkpoint's, and are checked as such
     checkpoint = open_source(path, allow_pickle=allow_pickle)
     checkpoint = checkpoint.without(without) if without else checkpoint
+    if controlnet is not None:
+        checkpoint = checkpoint.steered_by(Path(controlnet), allow_pickle=allow_pickle)
     options |= {"offload": offload, "vae_tiling": vae_tiling, "execution": execution}
     options |= {"attention_slicing": attention_slicing}
     return checkpoint_pipeline(with_loras(checkpoint, lora), backend, **options)

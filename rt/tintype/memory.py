@@ -162,7 +162,7 @@ def _blank(pipeline: Pipeline, width: int | None, height: int | None) -> dict[st
 
 
 def _pictures(pipeline: Pipeline, size: Mapping[str, Any]) -> dict[str, Any]:
-    channels = {"image": (3,), "mask_image": ()}
+    channels = {"image": (3,), "mask_image": (), "control_image": (3,)}
     shape = size["height"], size["width"]
     return {name: np.ones((*shape, *channels[name])) for name in pipeline.family.needs}
 

@@ -19,7 +19,7 @@ from tintype.errors import Cancelled, RequestError, TintypeError
 from tintype.families.conditioning import Conditioning
 from tintype.families.latent_diffusion import LatentDiffusion
 from tintype.families.unclip import Unclip
-from tintype.guidance import Scale, check_scale
+from tintype.guidance import Scale, as_number, check_scale
 from tintype.images import Floats, to_pil
 from tintype.request import Cascade, ImageRequest, share, spread, starts, whole_number
 from tintype.schedulers import default_name
@@ -116,6 +116,8 @@ class Pipeline:
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
         super_res_num_inference_steps: int | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float = 1.0,
     ) -> Call:
         """Make pictures; names follow diffusers. `prepare(...)` takes the same arguments and only checks them: what
         it returns makes the pictures when it is `run()`.
@@ -134,6 +136,9 @@ class Pipeline:
         `interpolate_from` is a (width, height) that the picture is first made at, before its latents are
         interpolated and finished at the size asked for.
 
+        `control_image` is what a model with a ControlNet is steered by, such as edges or a pose, in the form that it
+        was trained on; `controlnet_conditioning_scale` is how strongly.
+
         `prompt_weighting` reads `(word:1.3)`, `(word)` and `[word]`; `long_prompts` reads all of a prompt that
         is longer than the text encoder's window.
 
@@ -151,12 +156,21 @@ class Pipeline:
             raise RequestError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
         if interpolate_from is not None and image is not None:
             raise RequestError("interpolate_from makes a picture of its own, so it takes no image")
+        if control_image is not None and not self.family.defaults.get("steered"):
+            raise RequestError(
+                "control_image is for models with a ControlNet, and this one has none; load it with controlnet=..."
+            )
+        if control_image is None and controlnet_conditioning_scale != 1.0:
+            raise RequestError(
+                "controlnet_conditioning_scale says how strongly a control_image steers; give that, too"
+            )
         if strength is not None and self.family.kind == "unclip":
             raise RequestError(
                 f"strength={strength!r} is not for unCLIP models, which vary a picture as a whole; leave it out"
             )
-        if image is not None and width is None and height is None:
-            width, height = self._own_size(image)
+        name, shown = ("image", image) if image is not None else ("control_image", control_image)
+        if shown is not None and width is None and height is None:
+            width, height = self._own_size(name, shown)
         settings = {
             **self.settings(
                 height=height,
@@ -171,6 +185,7 @@ class Pipeline:
             "prompt_weighting": prompt_weighting,
             "long_prompts": long_prompts,
             "interpolate_from": None if interpolate_from is None else _sides(interpolate_from),
+            "control_scale": _control_scale(controlnet_conditioning_scale),
         }
         settings |= self._told(settings["guidance"], true_cfg_scale, negative_prompt)
         settings["cascade"] = self._cascade(
@@ -179,7 +194,7 @@ class Pipeline:
             super_res_num_inference_steps=super_res_num_inference_steps,
         )
         fit = partial(self.family.fitted, width=settings["width"], height=settings["height"])
-        own = _own_arrays(latents, image, mask_image, fit)
+        own = _own_arrays(latents, image, mask_image, control_image, fit)
         with _told_where_memory_lacks(settings["width"], settings["height"]):
             requests = spread(prompt, negative_prompt, num_images_per_prompt, seed, own, settings)
             for request in requests:
@@ -229,10 +244,10 @@ class Pipeline:
             steps["super_res_num_inference_steps"],
         )
 
-    def _own_size(self, image: Any) -> tuple[int | None, int | None]:
+    def _own_size(self, name: str, image: Any) -> tuple[int | None, int | None]:
         """The size of the (first) picture where the model runs it; else the model's own."""
         first = image[0] if isinstance(image, Sequence) and image else image
-        height, width = images.to_numpy(first).shape[1:3]
+        height, width = images.to_numpy(first, name).shape[1:3]
         return (width, height) if self.family.runs(width, height) else (None, None)
 
 
@@ -304,6 +319,13 @@ def _strength(
     )
 
 
+def _control_scale(value: Any) -> float:
+    number = as_number(value)
+    if not isfinite(number):
+        raise RequestError(f"controlnet_conditioning_scale={value!r} is not a finite number")
+    return number
+
+
 def _sides(size: Any) -> tuple[int, int]:
     """What `interpolate_from` says."""
     try:
@@ -315,7 +337,7 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def _own_arrays(
-    latents: Any, image: Any, mask: Any, fit: Callable[[Floats], Floats]
+    latents: Any, image: Any, mask: Any, control: Any, fit: Callable[[Floats], Floats]
 ) -> dict[str, Callable[[int], list[Floats]]]:
     """The arrays of which every image has its own, as functions of how many images there are."""
 
@@ -339,6 +361,8 @@ def _own_arrays(
         makers["image"] = fitted
     if mask is not None:
         makers["mask"] = masks
+    if control is not None:
+        makers["control"] = lambda count: _fitted(images.each(control, count, "control_image"), fit)
     return makers
 
 

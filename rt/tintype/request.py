@@ -42,6 +42,7 @@ class ImageRequest:
 
     `latents` is unit noise float32 [1, c, h/f, w/f], or None to draw it; `image` [1, h, w, 3] in 0..1 and `mask`
     [1, h, w, 1], 1 where the picture is painted anew, are what an edit begins with, `strength` the share of steps.
+    `control` [1, h, w, 3] in 0..1 is what steers a model with a ControlNet, times `control_scale`.
     `embedded_guidance` is told to models that were distilled with it; `guidance` is the extrapolation's scale.
     `cascade` is unCLIP's.
     """
@@ -58,6 +59,8 @@ class ImageRequest:
     image: Floats | None = None
     mask: Floats | None = None
     strength: float = 1.0
+    control: Floats | None = None
+    control_scale: float = 1.0
     guidance_rescale: float = 0.0
     guidance_parallel: float = 1.0
     embedded_guidance: float | None = None

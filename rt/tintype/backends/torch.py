@@ -33,7 +33,7 @@ from tintype.models.stages import (
     stage_names,
     step_stage,
 )
-from tintype.models.unet import TransformerBlock
+from tintype.models.unet_blocks import TransformerBlock
 from tintype.models.vq_model import VQModel
 from tintype.steps import STEPS
 

@@ -23,7 +23,8 @@ from tintype.models.prior import Prior, PriorConfig
 from tintype.models.sd3 import SD3Config, SD3Transformer
 from tintype.models.t5 import T5Config, T5Encoder
 from tintype.models.unclip_projection import UnclipProjection, UnclipProjectionConfig
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 from tintype.models.vq_model import VQModel, VQModelConfig
 
 

@@ -38,8 +38,8 @@ class Checkpoint:
     `num_inference_steps`, `guidance_scale`, `force_zeros_for_empty_prompt`, `latent_channels`,
     `latent_factor`, `denoiser_channels` (9 where the model inpaints), and for flow transformers
     `size_multiple` (pixels), `text_width`, `pooled_width`, `text_tokens` (of T5), `guidance_embeds` and
-    `left_out`, the encoders' stages that zeros stand in for; for unCLIP what `unclip_settings` says. `updates`, of low
-    rank, are added to weights as they are read.
+    `left_out`, the encoders' stages that zeros stand in for; for unCLIP what `unclip_settings` says; `steered` where a
+    ControlNet asks for a picture. `updates`, of low rank, are added to weights as they are read.
     """
 
     family: str
@@ -83,6 +83,12 @@ class Checkpoint:
         from tintype.checkpoints.lora import fit
 
         return replace(self, updates=(*self.updates, *fit(self, loras)))
+
+    def steered_by(self, controlnet: Path, *, allow_pickle: bool = False) -> Checkpoint:
+        """The checkpoint with the ControlNet in this folder or file; CheckpointError where it does not fit."""
+        from tintype.checkpoints.controlnet import steered
+
+        return steered(self, controlnet, allow_pickle)
 
     def component(
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -34,6 +34,7 @@ INDEX = "model_index.json"
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _T5 = ("T5EncoderModel",)
 _VAES = ("AutoencoderKL", "VQModel")
+_CONTROLNETS = ("ControlNetModel",)
 _TASKS = ("", "Img2Img", "Inpaint")
 
 
@@ -52,16 +53,22 @@ class _Layout:
 _LAYOUTS = (
     _Layout(
         "latent_unet",
-        tuple(f"StableDiffusion{kind}{task}Pipeline" for kind in ("", "XL") for task in _TASKS),
+        tuple(
+            f"StableDiffusion{kind}{steered}{task}Pipeline"
+            for kind in ("", "XL")
+            for steered in ("", "ControlNet")
+            for task in _TASKS
+        ),
         {
             "unet": ("UNet2DConditionModel",),
             "vae": _VAES,
             "text_encoder": _CLIP,
             "text_encoder_2": ("CLIPTextModelWithProjection",),
             "image_encoder": ("CLIPVisionModelWithProjection",),
+            "controlnet": _CONTROLNETS,
         },
         {"scheduler": "unet"},
-        optional=("text_encoder_2", "image_encoder"),
+        optional=("text_encoder_2", "image_encoder", "controlnet"),
     ),
     _Layout(
         "sd3",
@@ -140,13 +147,14 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     if layout.family == "latent_unet":
         components["vae"] = _unshifted(components["vae"])
     check_widths(folder, components)
+    controlnet = components.pop("controlnet", None)
     schedulers = {
         name: _scheduler(folder, name, layout.family, index)
         for name, part in layout.schedulers.items()
         if part in components
     }
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-    return Checkpoint(
+    checkpoint = Checkpoint(
         family=layout.family,
         source=folder,
         components=components,
@@ -155,6 +163,19 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
         defaults=_defaults(layout.family, components, index, schedulers)
         | _exported_defaults(folder),
     )
+    if controlnet is None:
+        return checkpoint
+    return checkpoint.steered_by(folder / "controlnet", allow_pickle=allow_pickle)
+
+
+def open_controlnet(folder: Path, *, allow_pickle: bool) -> Component:
+    """A ControlNet that lies in a folder of its own."""
+    named = read_json(folder / "config.json").get("_class_name")
+    if named not in _CONTROLNETS:
+        raise CheckpointError(
+            f"{folder}/config.json is of a {named}; a ControlNet is a {', '.join(_CONTROLNETS)}"
+        )
+    return _component(folder, folder.name, named, _CONTROLNETS, allow_pickle)
 
 
 def _unshifted(vae: Component) -> Component:

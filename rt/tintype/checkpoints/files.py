@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ def within(prefix: str, translate: Translate, key: str) -> tuple[Target, ...]:
     return translate(key.removeprefix(prefix)) if key.startswith(prefix) else ()
 
 
+def below(prefix: str, translate: Translate, key: str) -> tuple[Target, ...]:
+    """The translation of a module's own file where the module is a part of another's."""
+    return tuple(target._replace(name=prefix + target.name) for target in translate(key))
+
+
 def tokenizers_beside(path: Path, names: Iterable[str]) -> tuple[Path, ...]:
     """The folders of these names beside a single file."""
     folders = tuple(path.parent / name for name in names)
@@ -78,11 +83,16 @@ def tokenizers_beside(path: Path, names: Iterable[str]) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class Weights:
-    """The files that hold one component's tensors, and the names that those have there."""
+    """The files that hold one component's tensors, and the names that those have there, in some ``apart`` others."""
 
     files: tuple[Path, ...]
     translate: Translate = same_name
     allow_pickle: bool = False
+    apart: Mapping[Path, Translate] = field(default_factory=dict)
+
+    def targets(self, path: Path, key: str) -> tuple[Target, ...]:
+        """The parameters that a key of one of the files holds."""
+        return self.apart.get(path, self.translate)(key)
 
     def entries(self) -> Iterator[Mapping[str, Any]]:
         """What the headers of safetensors files say of the tensors that are this component's: dtype, shape, place."""
@@ -91,7 +101,7 @@ class Weights:
             yield from (
                 entry
                 for key, entry in header.items()
-                if key != "__metadata__" and not is_scale(key) and self.translate(key)
+                if key != "__metadata__" and not is_scale(key) and self.targets(path, key)
             )
 
 
@@ -111,7 +121,7 @@ def stored_whole(weights: Weights) -> Iterator[tuple[str, Stored]]:
         header, data_bytes = read_header(path)
         start = path.stat().st_size - data_bytes
         for key, entry in header.items():
-            targets = () if key == "__metadata__" else weights.translate(key)
+            targets = () if key == "__metadata__" else weights.targets(path, key)
             if len(targets) == 1 and targets[0].as_stored:
                 begin, end = entry["data_offsets"]
                 shape = targets[0].shape(tuple(entry["shape"]))

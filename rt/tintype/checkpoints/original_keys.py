@@ -73,6 +73,20 @@ def unet_key(key: str, *, layers: int) -> tuple[Target, ...]:
     return (Target(f"{'down' if down else 'up'}_blocks.{level}.{place}"),)
 
 
+def controlnet_key(key: str, *, layers: int, hints: int) -> tuple[Target, ...]:
+    """A key of a ControlNet's own file, whose picture is read by ``hints`` convolutions, numbered 0, 2, 4, ..."""
+    region, _, rest = key.partition(".")
+    number, leaf = rest.partition(".")[0], rest.rpartition(".")[2]
+    if region == "zero_convs":
+        return (Target(f"controlnet_down_blocks.{number}.{leaf}"),)
+    if region == "middle_block_out":
+        return (Target(f"controlnet_mid_block.{leaf}"),)
+    if region != "input_hint_block" or not number.isdigit():
+        return unet_key(key, layers=layers)
+    ends, place = {0: "conv_in", hints - 1: "conv_out"}, int(number) // 2
+    return (Target(f"controlnet_cond_embedding.{ends.get(place, f'blocks.{place - 1}')}.{leaf}"),)
+
+
 def _unet_leaf(parts: list[str]) -> str:
     """Inside a residual block names differ, inside a transformer they are the same."""
     module, leaf = ".".join(parts[:-1]), parts[-1]

@@ -51,13 +51,13 @@ def load_module(
     with torch.device("meta"):  # no memory and no random numbers for values about to be replaced
         module = build()
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    shapes = [_shapes(path, weights.allow_pickle) for path in weights.files]
+    shapes = [stored_shapes(path, weights.allow_pickle) for path in weights.files]
     pieces = {
         target.name: _Piece(number, key, target, target.shape(stored))
         for number, file in enumerate(shapes)
         for key, stored in file.items()
         if not is_scale(key)
-        for target in weights.translate(key)
+        for target in weights.targets(weights.files[number], key)
     }
     _check_complete(name, expected, pieces, weights.files)
     state: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ def parameters(weights: Weights, path: Path) -> Iterator[tuple[str, Tensor]]:
         for key in file.keys():  # noqa: SIM118 - it is no mapping
             if is_scale(key):
                 continue
-            for target in weights.translate(key):
+            for target in weights.targets(path, key):
                 stored = _stored(file, key)
                 yield target.name, cut(stored, target, stored.dtype, "cpu")
 
@@ -111,7 +111,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
+def stored_shapes(path: Path, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a file; CheckpointError for a pickle that was not asked for."""
     check_pickle(path, allow_pickle)
     if path.suffix in PICKLES:
         return {key: tuple(value.shape) for key, value in read_pickle(path).items()}

@@ -56,6 +56,13 @@ def register(subparsers: Any) -> None:
         "--mask", type=Path, metavar="IMAGE", help="where to paint it anew: white on black"
     )
     parser.add_argument("--strength", type=float, help="how far to change it, above 0 and up to 1")
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="IMAGE",
+        help="a picture that steers a model with a ControlNet",
+    )
+    parser.add_argument("--control-scale", type=float, help="how strongly; 1 by default")
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -102,12 +109,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _edit(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of an edit that were given, with their pictures read."""
+    """The arguments of pictures to begin with and to be steered by that were given, with those read."""
     from tintype.images import read
 
-    given = {"image": options.init, "mask_image": options.mask}
-    pictures = {name: read(path) for name, path in given.items() if path is not None}
-    return pictures if options.strength is None else {**pictures, "strength": options.strength}
+    paths = {"image": options.init, "mask_image": options.mask, "control_image": options.control}
+    pictures = {name: read(path) for name, path in paths.items() if path is not None}
+    numbers = {
+        "strength": options.strength,
+        "controlnet_conditioning_scale": options.control_scale,
+    }
+    return pictures | {name: value for name, value in numbers.items() if value is not None}
 
 
 def _generate(pipeline: Pipeline, options: argparse.Namespace, asked: dict[str, Any]) -> Output:

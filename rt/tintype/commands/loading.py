@@ -14,6 +14,7 @@ _PASSED_ON = (
     "device",
     "dtype",
     "without",
+    "controlnet",
     "offload",
     "vae_tiling",
     "attention_slicing",
@@ -42,6 +43,11 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ENCODER",
         help="text encoders to leave out, such as text_encoder_3",
+    )
+    parser.add_argument(
+        "--controlnet",
+        metavar="CN",
+        help="folder or file of what steers a checkpoint by a picture, see --control",
     )
     parser.add_argument(
         "--offload", help="what waits on the host while it is not used: model, sequential"

@@ -126,6 +126,16 @@ def text_inputs(
     return inputs
 
 
+def steering_inputs(requests: Sequence[ImageRequest], rows: int) -> dict[str, NDArray[Any]]:
+    """What a model with a ControlNet is told besides: each request's picture and its strength, as often as there are
+    rows of it."""
+    controls = [request.control for request in requests if request.control is not None]
+    if not controls:
+        return {}
+    scale = np.full(rows, requests[0].control_scale, np.float32)
+    return {"control": np.concatenate(controls * (rows // len(controls))), "control_scale": scale}
+
+
 def _time_ids(width: int, height: int) -> Floats:
     """XL's size conditioning [1, 6]: original size, crop corner, target size, each (height, width)."""
     return np.array([[height, width, 0, 0, height, width]], np.float32)

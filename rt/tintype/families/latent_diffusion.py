@@ -20,7 +20,14 @@ from tintype.backends import Backend
 from tintype.backends.compiled import memory
 from tintype.errors import CheckpointError, ProfileError, RequestError
 from tintype.families.conditioning import Conditioning, Reading, TextSide, TextTokenizer
-from tintype.families.denoiser import Rows, Texts, alone_and_both, picture_profiles, text_inputs
+from tintype.families.denoiser import (
+    Rows,
+    Texts,
+    alone_and_both,
+    picture_profiles,
+    steering_inputs,
+    text_inputs,
+)
 from tintype.families.editing import Edit, mask_latents, masked
 from tintype.families.stepping import OnStep, Stepper, walked_through, whole_steps
 from tintype.families.timing import Timings, timed
@@ -70,9 +77,15 @@ class LatentDiffusion:
         return int(self.defaults.get("denoiser_channels", channels)) == 2 * channels + 1
 
     @property
+    def steered(self) -> bool:
+        """Whether a ControlNet is in the denoiser, which asks for a picture."""
+        return bool(self.defaults.get("steered"))
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The arguments beside a prompt that a request must have."""
-        return ("image", "mask_image") if self.inpaints else ()
+        painted = ("image", "mask_image") if self.inpaints else ()
+        return (*painted, "control_image") if self.steered else painted
 
     def fitted(self, picture: Floats, width: int, height: int) -> Floats:
         """A picture, or a mask, [1, h, w, c] at the size that is asked for."""
@@ -198,6 +211,8 @@ class LatentDiffusion:
         raise ProfileError(f"size {width}x{height} is not in this model; it has {', '.join(sizes)}")
 
     def _check_edit(self, request: ImageRequest) -> None:
+        if self.steered and request.control is None:
+            raise RequestError("this model is steered by a picture: it needs control_image")
         if self.inpaints and request.mask is None:
             raise RequestError("this model inpaints: it needs image and mask_image")
         channels, _, _ = self.latent_shape(0, 0)
@@ -324,7 +339,10 @@ class LatentDiffusion:
 
         x, noise = edit.begin(table, unit), StepNoise(table, seeds, shape, offset)
         guidance = self._guidance(first, table)
-        alone, both = (text_inputs(first, rows, self.kind) for rows in alone_and_both(texts))
+        alone, both = (
+            text_inputs(first, rows, self.kind) | steering_inputs(requests, len(rows))
+            for rows in alone_and_both(texts)
+        )
         stepper = self._stepper(first, table, guidance)
         if stepper is not None and stepper.profile(len(x)):
             return stepper.walk(table, guidance, x, noise, alone, both, on_step)
@@ -343,7 +361,9 @@ def _passes(request: ImageRequest) -> list[ImageRequest]:
     if request.interpolate_from is None:
         return [request]
     width, height = request.interpolate_from
-    small = replace(request, width=width, height=height, strength=1.0, interpolate_from=None)
+    control = None if request.control is None else cover(request.control, width, height)
+    small = replace(request, width=width, height=height, control=control)
+    small = replace(small, strength=1.0, interpolate_from=None)
     return [small, replace(request, latents=None, interpolate_from=None)]
 
 

@@ -38,7 +38,7 @@ _ACTIVATIONS = ("none", "static", "dynamic")
 _GATES = (
     "conv_in", "conv_out", "time_embedding", "add_embedding", "pos_embed", "x_embedder", "context_embedder",
     "time_text_embed", "norm_out", "proj_out", "post_quant_conv", "proj_in", "embedding_proj",
-    "proj_to_clip_embeddings",
+    "proj_to_clip_embeddings", "controlnet_cond_embedding",
 )  # fmt: skip
 _TIME = "time_emb_proj"  # of every residual block: one row of work
 # A latent UNet's self-attention, whose queries and keys go from these layers into their product as they are.
@@ -338,7 +338,7 @@ def is_inner(name: str, scheme: Scheme) -> bool:
     What a flow transformer scales and shifts its norms by is a row of work, too, and where its input were rounded
     pictures would suffer; kept in codes by itself it is a quarter of FLUX's weights saved.
     """
-    parts = name.removeprefix("decoder.").split(".")
+    parts = name.removeprefix("decoder.").removeprefix("controlnet.").split(".")
     modulates = any(part.startswith("norm") for part in parts)
     outside = parts[0] in _GATES or _TIME in parts
     return not outside and not (modulates and scheme.activations != "none")

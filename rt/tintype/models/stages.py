@@ -40,6 +40,7 @@ from tintype.models.vq_model import VQModel
 from tintype.steps import ROW, STEP_OF, STEPS, Step
 
 Hidden = Literal["last", "penultimate"]
+_SIZED, _STEERED = ("text_embeds", "time_ids"), ("control", "control_scale")
 _ENCODERS = {"encode": "text_encoder", "encode_2": "text_encoder_2", "encode_3": "text_encoder_3"}
 
 
@@ -71,29 +72,16 @@ class DenoiseStage(Denoising):
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet = unet
-        added = (
-            ("text_embeds", "time_ids") if unet.config.addition_embed_type == "text_time" else ()
-        )
-        self.inputs = ("sample", "timestep", "encoder_hidden_states", *added)
+        sized = unet.config.addition_embed_type == "text_time"
+        steered = unet.config.controlnet is not None
+        self._told_of = ("encoder_hidden_states", *_SIZED * sized, *_STEERED * steered)
+        self.inputs = ("sample", "timestep", *self._told_of)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        told = self._told(encoder_hidden_states, text_embeds)
-        return self.unet(sample.to(self.dtype), timestep, *told, time_ids).float()
+    def forward(self, sample: Tensor, timestep: Tensor, *told: Tensor) -> Tensor:
+        return self.unet(sample.to(self.dtype), timestep, *self._told(told)).float()
 
-    def remember(
-        self,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        return self.unet.remember(*self._told(encoder_hidden_states, text_embeds), time_ids)
+    def remember(self, *told: Tensor) -> tuple[Tensor, ...]:
+        return self.unet.remember(*self._told(told))
 
     def at(self, remembered: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
         return self.unet.at(remembered, times)
@@ -107,9 +95,17 @@ class DenoiseStage(Denoising):
     ) -> Tensor:
         return self.unet.recall(remembered, told, sample.to(self.dtype)).float()
 
-    def _told(self, hidden: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """In the weights' type; times and sizes stay float32, as half precision lacks integers above 2048."""
-        return hidden.to(self.dtype), None if pooled is None else pooled.to(self.dtype)
+    def _told(self, told: Sequence[Tensor]) -> list[Tensor | None]:
+        """What the UNet is told, in the weights' type, pixels as it convolves them.
+
+        Times and sizes stay float32, as half precision lacks integers above 2048.
+        """
+        given = dict(zip(self._told_of, told, strict=True))
+        wide = {name: x if name == "time_ids" else x.to(self.dtype) for name, x in given.items()}
+        ordered = [wide.get(name) for name in ("encoder_hidden_states", *_SIZED)]
+        if "control" in wide:
+            ordered += [wide["control"].permute(0, 3, 1, 2), wide["control_scale"]]
+        return ordered
 
 
 class T5EncodeStage(Stage):

@@ -10,7 +10,7 @@ from tintype.models.joint import modulations
 from tintype.models.layers import ResnetBlock
 from tintype.models.pixel_unet import ContextAttention
 from tintype.models.sd3 import SD3Transformer
-from tintype.models.unet import SpatialTransformer
+from tintype.models.unet_blocks import SpatialTransformer
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from tintype.checkpoints.original_keys import open_clip_key, unet_key, vae_key
 from tintype.errors import CheckpointError
 from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tintype.models.clip import CLIPTextConfig as OurTextConfig
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 from tintype.schedulers import ScheduleConfig, default_name, make_table
 from tintype_bench import published_configs
 

@@ -7,7 +7,8 @@ import torch
 
 from tintype.models.flux import FluxConfig, FluxTransformer
 from tintype.models.sd3 import SD3Config, SD3Transformer
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 
 _TEXT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
 _POOLED = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))

@@ -11,7 +11,8 @@ from torch import nn
 from tintype.checkpoints.diffusers import text_encoder_key
 from tintype.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tintype.models.clip import CLIPTextConfig, CLIPTextEncoder
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 from tintype_bench import published_configs as published
 
 
@@ -26,6 +27,18 @@ def test_unet_names_and_shapes_equal_diffusers(model: str) -> None:
         theirs = diffusers.UNet2DConditionModel.from_config(config)
         ours = UNet(UNetConfig.from_json(config))
     assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize("model", published.UNETS)
+def test_a_controlnet_beside_a_unet_has_the_names_and_shapes_of_diffusers(model: str) -> None:
+    config = published.UNETS[model]
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+        theirs = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        ours = UNet(UNetConfig.from_json({**config, "controlnet": dict(theirs.config)}))
+    assert shapes(ours.controlnet) == shapes(theirs)
+    if model == "sd15":  # 361 million, as published
+        assert sum(each.numel() for each in ours.controlnet.parameters()) == 361_279_120
 
 
 @pytest.mark.parametrize("model", published.VAES)

@@ -10,7 +10,7 @@ from tintype.models import fused
 from tintype.models.joint import JointAttention
 from tintype.models.quantised import Scheme, nearest, quantised_layer
 from tintype.models.stacked import is_stack_of, stack
-from tintype.models.unet import Attention
+from tintype.models.unet_blocks import Attention
 from tolerances import relative_error
 
 

@@ -9,7 +9,8 @@ import torch
 
 import small_checkpoints
 from tintype.errors import CheckpointError
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 from tolerances import MODULE_FP32, relative_error
 
 

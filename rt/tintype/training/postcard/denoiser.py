@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tintype.models.clip import CLIPTextEncoder
-from tintype.models.unet import UNet, UNetConfig
+from tintype.models.unet import UNet
+from tintype.models.unet_config import UNetConfig
 from tintype.tokenizer import ClipTokenizer
 
 from ..initialise import silence_residual_branches
