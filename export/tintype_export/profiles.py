@@ -68,9 +68,15 @@ def check_sizes(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> Non
 
 
 def example_inputs(
-    checkpoint: Checkpoint, names: Sequence[str], stage: str, profile: str, seed: int = 0
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    stage: str,
+    profile: str,
+    seed: int = 0,
+    told: Conditioning | None = None,
 ) -> Arrays:
-    """Arrays that ``stage`` takes at ``profile``: real token ids, unit noise, a time in the middle."""
+    """Arrays that ``stage`` takes at ``profile``: real token ids, unit noise, a time in the middle; text that is
+    ``told``, or unit noise, too."""
     rng = np.random.default_rng(seed)
     defaults = checkpoint.defaults
     found = Profile.parse(profile) or Profile(defaults["width"], defaults["height"], 1)
@@ -81,7 +87,7 @@ def example_inputs(
         return rng.standard_normal(shape, np.float32)
 
     def text() -> Conditioning:
-        return _conditioning(checkpoint, normal)
+        return _conditioning(checkpoint, normal) if told is None else told
 
     latents = (rows, defaults["latent_channels"], *cells)
     makers: Mapping[str, Any] = {
@@ -106,19 +112,28 @@ def example_inputs(
     arrays: Arrays = {name: makers[name]() for name in names}
     if stage in STEPS and STEPS[stage].guided:
         pairs = [name for name in names if name not in _STATE]
-        arrays |= {name: np.stack([arrays[name], makers[name]()], axis=1) for name in pairs}
+        other = {name: makers[name]() for name in pairs}
+        if told is not None and "encoder_hidden_states" in other:  # what else a model may be told
+            other["encoder_hidden_states"] = other["encoder_hidden_states"][:, ::-1]
+        arrays |= {name: np.stack([other[name], arrays[name]], axis=1) for name in pairs}
     return arrays
 
 
 def _cascade_makers(
-    checkpoint: Checkpoint, stage: str, profile: Profile, normal: Callable[..., NDArray[np.float32]]
+    checkpoint: Checkpoint,
+    stage: str,
+    profile: Profile,
+    normal: Callable[..., NDArray[np.float32]],
 ) -> dict[str, Callable[[], NDArray[Any]]]:
     """What unCLIP's stages take, where it is not what others do."""
     defaults, rows = checkpoint.defaults, profile.batch
     model = STEPS[stage].model if stage in STEPS else stage
     projection = UnclipProjectionConfig.from_json(checkpoint.configs["text_proj"])
     wide, added = projection.clip_embeddings_dim, projection.clip_extra_context_tokens
-    read = np.arange(_tokens(checkpoint, "encode").shape[1]) < 12
+    ids = _tokens(checkpoint, "encode")
+    read = np.arange(ids.shape[1]) <= np.argmax(
+        ids
+    )  # of CLIP's words the end has the highest number
     pixels, factor = defaults["latent_channels"], defaults["latent_factor"]
     side = defaults.get("image_side", 0)
     small, large = ((pixels, profile.height // each, profile.width // each) for each in (factor, 1))
@@ -142,8 +157,6 @@ def _cascade_makers(
         "image": lambda: (normal(rows, side, side, 3) / 4 + np.float32(0.5)).clip(0, 1),
         "image_embeds": lambda: normal(rows, wide),
         "shown": lambda: np.ones(rows, np.float32),
-        "encoder_hidden_states": lambda: normal(rows, len(read), wide),
-        "text_embeds": lambda: normal(rows, wide),
         "text_mask": lambda: mask(0),
         "context": lambda: normal(rows, added + len(read), projection.cross_attention_dim),
         "context_mask": lambda: mask(added),

@@ -17,6 +17,7 @@ from tintype.backends.torch import TorchBackend
 from tintype.bundle import Bundle
 from tintype.checkpoints import Checkpoint
 from tintype.errors import BundleError, RequestError
+from tintype.families.conditioning import STAGES, Conditioning, joined
 from tintype.loading import bundle_pipeline, checkpoint_pipeline
 from tintype.models.stages import stage_component
 from tintype.pipeline import Pipeline
@@ -89,17 +90,26 @@ def require(report: Report, budget: Budget, suspects: str = "") -> None:
 
 
 def _stage_reports(bundle: Bundle, checkpoint: Checkpoint, backend: str) -> Iterator[StageReport]:
-    """A block of the reference and one graph of the bundle are in memory at a time."""
+    """A block of the reference and one graph of the bundle are in memory at a time.
+
+    Stages behind the text encoders are told what those said: scales that were found on texts do not fit noise.
+    """
     component = partial(stage_component, components=checkpoint.components)
+    texts: dict[str, Conditioning] = {}
     for _, stages in groupby(bundle.stages, component):
         reference = TorchBackend(checkpoint, **_REFERENCE)
         for stage in stages:
-            names = reference.inputs(stage)
+            names, told = reference.inputs(stage), None
+            if texts and stage not in STAGES:
+                told = joined(checkpoint.family, texts, checkpoint.defaults)
             for profile, relative in bundle.stages[stage].items():
                 engine = bundle_pipeline(bundle, backend).family.backend
-                inputs = example_inputs(checkpoint, names, stage, profile, seed=1)
+                inputs = example_inputs(checkpoint, names, stage, profile, seed=1, told=told)
                 actual = engine.run(stage, profile, inputs)
                 expected = reference.run(stage, profile, inputs)
+                if stage in STAGES:
+                    said = expected["encoder_hidden_states"], expected.get("text_embeds")
+                    texts[stage] = Conditioning(*said)
                 if (given := _shapes(actual)) != (wanted := _shapes(expected)):
                     raise RequestError(
                         f"{checkpoint.source} is not what {bundle.folder} was exported from: stage {stage} at "

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import small_checkpoints
+import tintype
 from tintype.bundle import describe, open_bundle, save_manifest
 from tintype.checkpoints import open_checkpoint
 from tintype.cli import BAD_USAGE, FAILED, main
 from tintype.errors import RequestError
 from tintype.loading import BOX
+from tintype_export import verify as verifying
 from tintype_export import verify_cli
 from tintype_export.quality import psnr, ssim
 from tintype_export.report import Budget, Report, StageReport
@@ -107,6 +109,29 @@ def test_a_changed_byte_is_found_whatever_this_machine_remembers(tmp_path, capsy
 def test_a_bundle_without_a_checkpoint_asks_for_one(tiny_bundle, capsys):
     assert main(["verify", str(tiny_bundle)]) == 2
     assert "name the one that it came from with --against" in capsys.readouterr().err
+
+
+def test_a_denoiser_is_compared_on_what_its_text_encoder_says(monkeypatch):
+    """Scales that calibration finds on texts do not fit noise in their place."""
+    bundle, told = open_bundle(POSTCARD), {}
+
+    def example_inputs(*arguments, **options):
+        inputs = own(*arguments, **options)
+        told[arguments[2]] = inputs
+        return inputs
+
+    own = verifying.example_inputs
+    monkeypatch.setattr(verifying, "example_inputs", example_inputs)
+    profiles = {"encode": "b1", "denoise": "128x128-b2", "guided_step": "128x128-b1"}
+    stages = {name: {each: bundle.stages[name][each]} for name, each in profiles.items()}
+    few = replace(bundle, stages=stages)
+    list(verifying._stage_reports(few, open_checkpoint(POSTCARD), "onnxruntime"))
+    backend = tintype.load(POSTCARD).family.backend
+    said = backend.run("encode", "b1", told["encode"])["encoder_hidden_states"][0]
+    assert np.allclose(told["denoise"]["encoder_hidden_states"], np.stack([said] * 2), atol=1e-4)
+    unconditional, conditional = told["guided_step"]["encoder_hidden_states"][0]
+    assert np.allclose(conditional, said, atol=1e-4)
+    assert not np.allclose(unconditional, said, atol=0.1)
 
 
 def test_nan_is_found_and_named(tmp_path):
