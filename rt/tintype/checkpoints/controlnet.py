@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
 from tintype.checkpoints.checkpoint import Component
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from tintype.checkpoints.checkpoint import Checkpoint
 
 PART = "controlnet"  # of the UNet's configuration and of its parameters' names
-_FIRST = "input_hint_block.0.weight"  # of what reads the picture, in the original layout
+# In the original layout the first of what reads the picture, and of what reads noisy latents.
+_FIRST, _NOISY = "input_hint_block.0.weight", "input_blocks.0.0.weight"
 _WIDTHS = "conditioning_embedding_out_channels"
 _UNET_ALONE = ("_class_name", "up_block_types", "out_channels", "sample_size")
 # Fields in which it is a copy of the UNet that it was trained for.
@@ -60,22 +62,17 @@ def _open(path: Path, unet: Mapping[str, Any], allow_pickle: bool) -> Component:
     from tintype.checkpoints.weights import stored_shapes
 
     shapes = stored_shapes(path, allow_pickle)
-    prefix = next((key[: -len(_FIRST)] for key in shapes if key.endswith(_FIRST)), None)
-    if prefix is None:
+    prefix = next((key[: -len(_FIRST)] for key in shapes if key.endswith(_FIRST)), "")
+    if absent := [name for name in (_FIRST, _NOISY) if prefix + name not in shapes]:
         raise CheckpointError(
-            f"{path} holds no ControlNet in the original layout: {_FIRST} is missing; name the folder of one in "
+            f"{path} holds no ControlNet in the original layout: {absent[0]} is missing; name the folder of one in "
             "diffusers' layout"
         )
-    hint = f"{prefix}input_hint_block."
-    hints = {
-        int(key.removeprefix(hint).split(".")[0]): key
-        for key in shapes
-        if key.startswith(hint) and key.endswith(".weight")
-    }
-    # Two convolutions a width, of which the second is the next width's; the last leaves for the UNet's own.
-    widths = [shapes[hints[number]][0] for number in sorted(hints)[:-1:2]]
+    numbered = (f"{prefix}input_hint_block.{number}.weight" for number in count(0, 2))
+    hints = [shapes[name][0] for name in takewhile(shapes.__contains__, numbered)]
     config = {name: value for name, value in unet.items() if name not in _UNET_ALONE}
-    config |= {"in_channels": shapes[f"{prefix}input_blocks.0.0.weight"][1], _WIDTHS: widths}
+    # Two convolutions a width, of which the second is the next width's; the last leaves for the UNet's own.
+    config |= {"in_channels": shapes[prefix + _NOISY][1], _WIDTHS: hints[:-1:2]}
     translate = partial(controlnet_key, layers=unet.get("layers_per_block", 2), hints=len(hints))
     weights = Weights((path,), partial(within, prefix, translate), allow_pickle)
     return Component("ControlNetModel", config, weights)

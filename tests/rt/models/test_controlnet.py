@@ -176,9 +176,11 @@ def test_a_file_of_the_original_layout_steers_alike(
 
 
 def test_a_file_that_is_no_controlnet_is_refused(saved: Saved, tmp_path: Path) -> None:
-    save_file({"lora_controlnet": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="holds no ControlNet in the original layout"):
-        tintype.load(saved("sd1"), controlnet=tmp_path / "other.safetensors")
+    path, first = tmp_path / "other.safetensors", "input_hint_block.0.weight"
+    for name, told in (("lora_controlnet", first), (first, "input_blocks.0.0.weight")):
+        save_file({name: torch.zeros(16, 3, 3, 3)}, path)
+        with pytest.raises(CheckpointError, match=f"in the original layout: {told} is missing"):
+            tintype.load(saved("sd1"), controlnet=path)
     with pytest.raises(CheckpointError, match="config.json is missing"):
         tintype.load(saved("sd1"), controlnet=tmp_path / "nowhere")
 
