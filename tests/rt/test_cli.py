@@ -103,7 +103,7 @@ def test_a_checkpoint_is_placed_as_load_would_place_it(tmp_path, monkeypatch):
     flags = "--device cpu --dtype bfloat16 --without text_encoder_3 --offload sequential"
     flags += " --vae-tiling --attention-slicing --size 64x32 --steps 2 --seed 1"
     assert generate(folder, "-o", str(target), *flags.split()) == 0
-    assert told == [{"backend": "auto", "lora": [], **placement}]
+    assert told == [{"backend": "auto", "lora": [], "controlnet": None, **placement}]
     with Image.open(target) as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 

@@ -34,6 +34,7 @@ def load(*_, **__):
     raise ImportError("initialization failed")
 
 tintype.load = load
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background begin without
 sys.argv = ["tintype", "generate", "a boat"]
 sys.exit(main())
 """
