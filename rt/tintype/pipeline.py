@@ -160,7 +160,8 @@ class Pipeline:
             raise RequestError(
                 "control_image is for models with a ControlNet, and this one has none; load it with controlnet=..."
             )
-        if control_image is None and controlnet_conditioning_scale != 1.0:
+        control_scale = _control_scale(controlnet_conditioning_scale)
+        if control_image is None and control_scale != 1.0:
             raise RequestError(
                 "controlnet_conditioning_scale says how strongly a control_image steers; give that, too"
             )
@@ -185,7 +186,7 @@ class Pipeline:
             "prompt_weighting": prompt_weighting,
             "long_prompts": long_prompts,
             "interpolate_from": None if interpolate_from is None else _sides(interpolate_from),
-            "control_scale": _control_scale(controlnet_conditioning_scale),
+            "control_scale": control_scale,
         }
         settings |= self._told(settings["guidance"], true_cfg_scale, negative_prompt)
         settings["cascade"] = self._cascade(

@@ -3,7 +3,8 @@
     encode        input_ids [n, t]                              -> encoder_hidden_states [n, t, d]
     encode_2      input_ids [n, t] of the second tokenizer      -> encoder_hidden_states [n, t, d2], text_embeds [n, p]
     denoise       sample [n, c, h, w], timestep [n], encoder_hidden_states [n, t, d + d2]
-                  and, where the model has them, text_embeds [n, p], time_ids [n, 6], guidance [n]
+                  and, where the model has them, text_embeds [n, p], time_ids [n, 6], guidance [n], and of a ControlNet
+                  control [n, 8h, 8w, 3] in 0..1, control_scale [n]
                                                               -> model_output [n, c_out, h, w]
     step          sample [n, c, h, w], history [n, 3, c, h, w], row [n, 13], noise [n, c, h, w], then what denoise is
                   told behind its timestep                    -> next_sample, next_history

@@ -232,6 +232,7 @@ def test_a_training_step_reaches_every_parameter_of_the_controlnet(
             {"control_image": shown(), "controlnet_conditioning_scale": float("nan")},
             "is not a finite",
         ),
+        ({"controlnet_conditioning_scale": np.ones(2)}, "is not a finite"),
         ({"control_image": "a.png"}, "control_image"),
     ],
 )
