@@ -119,7 +119,6 @@ def calibrate(
                 seed=seed,
                 num_inference_steps=config.steps,
                 output_type="latent",
-                image=pictures.get("image"),
                 control_image=pictures.get("control_image"),
             )
             give_back_memory()

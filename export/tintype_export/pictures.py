@@ -14,8 +14,12 @@ Floats = NDArray[np.float32]
 def shown(family: Family, width: int, height: int, seed: int = 0) -> dict[str, Floats]:
     """The pictures, by argument, that the model asks for beside a prompt: what varies one sees a gradient, and what is
     steered by one sees outlines, which most ControlNets know in some form."""
-    pictures = {"image": _gradient(), "control_image": _outlines(width, height, seed)}
-    return {name: picture for name, picture in pictures.items() if name in family.needs}
+    pictures: dict[str, Floats] = {}
+    if "image" in family.needs:
+        pictures["image"] = _gradient()
+    if "control_image" in family.needs:
+        pictures["control_image"] = _outlines(width, height, seed)
+    return pictures
 
 
 def _gradient() -> Floats:

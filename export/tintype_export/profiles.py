@@ -131,9 +131,8 @@ def _cascade_makers(
     projection = UnclipProjectionConfig.from_json(checkpoint.configs["text_proj"])
     wide, added = projection.clip_embeddings_dim, projection.clip_extra_context_tokens
     ids = _tokens(checkpoint, "encode")
-    read = np.arange(ids.shape[1]) <= np.argmax(
-        ids
-    )  # of CLIP's words the end has the highest number
+    # Of CLIP's words the end has the highest number.
+    read = np.arange(ids.shape[1]) <= np.argmax(ids)
     pixels, factor = defaults["latent_channels"], defaults["latent_factor"]
     side = defaults.get("image_side", 0)
     small, large = ((pixels, profile.height // each, profile.width // each) for each in (factor, 1))

@@ -156,7 +156,7 @@ class Pipeline:
             raise RequestError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
         if interpolate_from is not None and image is not None:
             raise RequestError("interpolate_from makes a picture of its own, so it takes no image")
-        if control_image is not None and not self.family.defaults.get("steered"):
+        if control_image is not None and "control_image" not in self.family.needs:
             raise RequestError(
                 "control_image is for models with a ControlNet, and this one has none; load it with controlnet=..."
             )

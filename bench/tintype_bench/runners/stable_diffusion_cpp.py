@@ -29,7 +29,8 @@ def load(work: Work, runner: Runner) -> Running:
         raise RequestError(
             f"{runner.kind} has neither our noise nor every scheduler; ask for it with --peer {runner.kind}"
         )
-    if open_checkpoint(work.checkpoint).family != "latent_unet":
+    checkpoint = open_checkpoint(work.checkpoint)
+    if checkpoint.family != "latent_unet":
         raise RequestError(f"{runner.kind} is timed on Stable Diffusion 1, 2 and XL")
     model = _imported().StableDiffusion(
         model_path=work.checkpoint,
@@ -41,7 +42,8 @@ def load(work: Work, runner: Runner) -> Running:
         diffusion_flash_attn=runner.device != "cpu",
         verbose=False,
     )
-    return StableDiffusionCpp(model, work)
+    levels = make_table("euler", checkpoint.scheduler_config, work.steps).noise
+    return StableDiffusionCpp(model, work, ",".join(map(str, levels)))
 
 
 def _imported() -> Any:
@@ -61,12 +63,10 @@ class StableDiffusionCpp:
 
     model: Any
     work: Work
+    levels: str
 
     def run(self) -> Pictures:
         work = self.work
-        levels = make_table(
-            "euler", open_checkpoint(work.checkpoint).scheduler_config, work.steps
-        ).noise
         made = self.model.generate_image(
             prompt=work.prompt,
             width=work.width,
@@ -74,7 +74,7 @@ class StableDiffusionCpp:
             cfg_scale=work.guidance,
             sample_method="euler",
             sample_steps=work.steps,
-            sigmas=",".join(map(str, levels)),
+            sigmas=self.levels,
             seed=work.seed,
             batch_count=work.batch,
         )

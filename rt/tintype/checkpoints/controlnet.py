@@ -45,7 +45,12 @@ def steered(checkpoint: Checkpoint, path: Path, allow_pickle: bool) -> Checkpoin
     unet = checkpoint.components["unet"]
     if PART in unet.config:
         raise CheckpointError(f"{checkpoint.source} has a ControlNet; one at a time is possible")
-    part = _open(path, unet.config, allow_pickle)
+    return attached(checkpoint, path, _open(path, unet.config, allow_pickle))
+
+
+def attached(checkpoint: Checkpoint, path: Path, part: Component) -> Checkpoint:
+    """The checkpoint with a ControlNet that has been opened from ``path``; CheckpointError where it does not fit."""
+    unet = checkpoint.components["unet"]
     _check(path, unet.config, part.config, checkpoint.defaults)
     return replace(
         checkpoint,

@@ -19,6 +19,7 @@ from tintype.checkpoints.checkpoint import (
     flow_settings,
     unclip_settings,
 )
+from tintype.checkpoints.controlnet import attached
 from tintype.checkpoints.files import (
     PICKLES,
     Target,
@@ -165,7 +166,7 @@ def open_folder(folder: Path, *, allow_pickle: bool) -> Checkpoint:
     )
     if controlnet is None:
         return checkpoint
-    return checkpoint.steered_by(folder / "controlnet", allow_pickle=allow_pickle)
+    return attached(checkpoint, folder / "controlnet", controlnet)
 
 
 def open_controlnet(folder: Path, *, allow_pickle: bool) -> Component:

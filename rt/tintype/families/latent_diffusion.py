@@ -77,15 +77,10 @@ class LatentDiffusion:
         return int(self.defaults.get("denoiser_channels", channels)) == 2 * channels + 1
 
     @property
-    def steered(self) -> bool:
-        """Whether a ControlNet is in the denoiser, which asks for a picture."""
-        return bool(self.defaults.get("steered"))
-
-    @property
     def needs(self) -> tuple[str, ...]:
         """The arguments beside a prompt that a request must have."""
         painted = ("image", "mask_image") if self.inpaints else ()
-        return (*painted, "control_image") if self.steered else painted
+        return (*painted, "control_image") if self.defaults.get("steered") else painted
 
     def fitted(self, picture: Floats, width: int, height: int) -> Floats:
         """A picture, or a mask, [1, h, w, c] at the size that is asked for."""
@@ -211,7 +206,7 @@ class LatentDiffusion:
         raise ProfileError(f"size {width}x{height} is not in this model; it has {', '.join(sizes)}")
 
     def _check_edit(self, request: ImageRequest) -> None:
-        if self.steered and request.control is None:
+        if "control_image" in self.needs and request.control is None:
             raise RequestError("this model is steered by a picture: it needs control_image")
         if self.inpaints and request.mask is None:
             raise RequestError("this model inpaints: it needs image and mask_image")
